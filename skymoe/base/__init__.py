@@ -1,0 +1,1 @@
+"""Floor 0: errors, dtype names, configuration files, logging. No torch."""
