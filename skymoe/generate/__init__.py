@@ -1,0 +1,1 @@
+"""The generate job: text from a model directory, token by token."""

@@ -1,0 +1,1 @@
+"""The report job: run directories -> one self-contained HTML file. No torch."""
