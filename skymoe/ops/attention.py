@@ -1,0 +1,56 @@
+"""Causal grouped-query attention with an optional window and document boundaries.
+
+Shapes: B batch, H query heads, G key/value heads, T queries, S keys (S >= T: the cache comes first), C head width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def attention_mask(
+    num_queries: int,
+    num_keys: int,
+    *,
+    window: int | None = None,
+    document_ids_BT: Tensor | None = None,
+    device: torch.device | None = None,
+) -> Tensor | None:
+    """Which key each query sees: bool broadcastable to (B, 1, T, S), or None when plain causality over T = S says it all.
+
+    Args:
+        num_queries, num_keys: T and S; the queries are the last T positions.
+        window: a query sees the last `window` positions, itself included.
+        document_ids_BT: equal ids may see each other; needs T = S.
+        device: where to build the mask.
+    """
+    if num_queries == num_keys and document_ids_BT is None and (window is None or window >= num_keys):
+        return None
+    key = torch.arange(num_keys, device=device)
+    query = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None]
+    mask = key <= query
+    if window is not None:
+        mask = mask & (key > query - window)
+    if document_ids_BT is not None:
+        return mask & (document_ids_BT[:, None, :, None] == document_ids_BT[:, None, None, :])
+    return mask[None, None]
+
+
+def causal_attention(q_BHTC: Tensor, k_BGSC: Tensor, v_BGSC: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(q k^T / sqrt(C)) v. `mask` None means causal with T = S."""
+    grouped = q_BHTC.shape[1] != k_BGSC.shape[1]
+    return F.scaled_dot_product_attention(
+        q_BHTC, k_BGSC, v_BGSC, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
+    )
+
+
+def reference_attention(q_BHTC: Tensor, k_BGSC: Tensor, v_BGSC: Tensor, mask: Tensor | None) -> Tensor:
+    """The same, spelled out: the specification that `causal_attention` is tested against."""
+    repeats = q_BHTC.shape[1] // k_BGSC.shape[1]
+    k_BHSC, v_BHSC = k_BGSC.repeat_interleave(repeats, 1), v_BGSC.repeat_interleave(repeats, 1)
+    scores = q_BHTC @ k_BHSC.transpose(-1, -2) / q_BHTC.shape[-1] ** 0.5
+    if mask is None:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    return scores.masked_fill(~mask, float("-inf")).softmax(-1) @ v_BHSC
