@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import logging
 import sys
+from typing import TextIO
 
 logger = logging.getLogger("skymoe")
+
+
+class _StandardError(logging.StreamHandler[TextIO]):
+    """Looks up `sys.stderr` for every line: a progress bar replaces it so that lines appear above the bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
 
 
 def setup_logging(verbosity: int = 0) -> None:
@@ -14,7 +23,7 @@ def setup_logging(verbosity: int = 0) -> None:
     Args:
         verbosity: -1 warnings only, 0 information, 1 debugging.
     """
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _StandardError(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger.handlers[:] = [handler]
     logger.setLevel({-1: logging.WARNING, 0: logging.INFO}.get(verbosity, logging.DEBUG))

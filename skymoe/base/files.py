@@ -1,0 +1,164 @@
+"""Files that are either there whole or not there at all.
+
+A crash, a full disk or Ctrl-C must never leave something that looks finished. So nothing is written under its final
+name: bytes go to a hidden sibling, are pushed to the disk (`fsync`), take their name in one rename, and the directory
+that holds the name is pushed to the disk too. A failure of the machine (no space, no permission) becomes a
+`MachineError`; any other error rises as it is. What is left out: locks. Two jobs that write one place are a mistake of
+the user, and the last rename wins.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from skymoe.base.errors import ConfigError, MachineError
+
+_MACHINE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EMFILE}
+
+
+@contextmanager
+def machine_errors(where: object) -> Iterator[None]:
+    """Turn the operating system's refusals (space, permission, I/O) inside the block into MachineError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _MACHINE_ERRNOS:
+            raise
+        hint = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        raise MachineError(f"cannot write: {error.strerror}", where=where, hint=hint) from error
+
+
+def fsync_dir(path: Path) -> None:
+    """Push the names in directory `path` to the disk; without it a rename can be lost in a power cut."""
+    if os.name == "nt":  # Windows cannot open a directory; its renames are journalled
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_file(path: Path) -> None:
+    """Push the content of the file at `path` to the disk."""
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write `data` at `path` so that a reader sees the old content or the new one, never a part.
+
+    Raises:
+        MachineError: no space, no permission. The old content is untouched.
+    """
+    temporary = _hidden_sibling(path, "tmp")
+    with machine_errors(path):
+        try:
+            with temporary.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        fsync_dir(path.parent)
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of the file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def ensure_free_space(directory: Path, num_bytes: int) -> None:
+    """Refuse early when `directory` (which need not exist yet) cannot take `num_bytes` more.
+
+    Raises:
+        MachineError: naming what is needed and what is free.
+    """
+    existing = directory.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if free < num_bytes:
+        what = f"not enough space: {num_bytes / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free"
+        raise MachineError(what, where=directory, hint="free some space or choose another directory")
+
+
+@contextmanager
+def staging_directory(final: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A hidden sibling of `final` to write into; it becomes `final` when the block ends well, and vanishes otherwise.
+
+    With `overwrite` an existing directory is moved aside first and removed last; a crash between these two renames
+    leaves it beside `final`, under a name that begins with `.` and ends in `.old-...`.
+
+    Raises:
+        ConfigError: `final` exists and is not an empty directory, and `overwrite` is not given.
+        MachineError: no space, no permission.
+    """
+    _refuse_existing(final, overwrite)
+    staging = _hidden_sibling(final, "tmp")
+    with machine_errors(final):
+        staging.mkdir(parents=True)
+        try:
+            yield staging
+            fsync_tree(staging)
+            _publish(staging, final)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+
+
+def fsync_tree(directory: Path) -> None:
+    """Push every file and every directory below `directory`, and itself, to the disk."""
+    for parent, _, names in os.walk(directory):
+        for name in names:
+            path = Path(parent, name)
+            if not path.is_symlink():
+                fsync_file(path)
+        fsync_dir(Path(parent))
+
+
+def _refuse_existing(final: Path, overwrite: bool) -> None:
+    if not final.exists() and not final.is_symlink():
+        return
+    if final.is_symlink() or not final.is_dir():
+        raise ConfigError("the output exists and is not a directory", where=final, hint="choose another name")
+    if not overwrite and any(final.iterdir()):
+        raise ConfigError(
+            "the output directory exists and is not empty",
+            where=final,
+            why="nothing is overwritten unless you ask for it",
+            hint="choose another directory, or remove this one",
+        )
+
+
+def _publish(staging: Path, final: Path) -> None:
+    aside = None
+    if final.exists():
+        aside = _hidden_sibling(final, "old")
+        os.rename(final, aside)
+    try:
+        os.rename(staging, final)
+    except BaseException:
+        if aside is not None:
+            os.rename(aside, final)
+        raise
+    fsync_dir(final.absolute().parent)
+    if aside is not None:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _hidden_sibling(path: Path, kind: str) -> Path:
+    return path.with_name(f".{path.name}.{kind}-{secrets.token_hex(4)}")
