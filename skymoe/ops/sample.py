@@ -1,8 +1,8 @@
 """Choose the next token from logits: temperature, top-k, top-p.
 
 The order is the common one: logits / temperature -> keep the k largest -> keep the smallest set whose probability
-reaches p -> draw. Everything happens in fp32 on the logits' device. Ties at a threshold are all kept by top-k and cut in
-a fixed order by top-p, so one seed gives one text.
+reaches p -> draw. Everything happens in fp32 on the logits' device. Ties at a threshold are all kept by top-k and cut
+in a fixed order by top-p, so one seed gives one text.
 
 Shapes: B sequences, V vocabulary.
 """

@@ -10,16 +10,13 @@ from skymoe.base.config import Config
 
 
 class ReportConfig(Config):
-    """One page from one or several runs.
-
-    Attributes:
-        runs: run directories (with `metrics.jsonl`), or one demo directory that holds several.
-        out: the HTML file; None writes `report.html` into the first directory.
-        title: heading of the page; None makes one from the runs.
-        max_points: a curve longer than this is thinned out (evenly, keeping both ends).
-    """
+    """One page from one or several runs."""
 
     runs: tuple[Path, ...] = Field(min_length=1)
+    """run directories (with `metrics.jsonl`), or one demo directory that holds several"""
     out: Path | None = None
+    """the HTML file; without it `report.html` in the first directory"""
     title: str | None = None
+    """heading of the page; without it the result is the heading"""
     max_points: int = Field(default=600, ge=2, le=20_000)
+    """a longer curve is thinned out evenly, keeping both ends"""
