@@ -35,6 +35,10 @@ class Fields:
         """Whether the field is present and not null."""
         return self.raw(name) is not None
 
+    def has(self, name: str) -> bool:
+        """Whether the field is present, null included."""
+        return name in self._mapping
+
     def raw(self, name: str) -> object:
         """The field as it is, None when absent."""
         self._asked.add(name)

@@ -1,0 +1,200 @@
+"""config.json <-> ModelSpec, for every architecture we read and write.
+
+Reading is strict: each field is type-checked (`fields.py`), an unknown architecture and a feature we do not compute are
+refused by name, and a field that is absent takes the default of the transformers class it belongs to, which is what every
+other tool does. Fields that change nothing we compute (dropout of zero, cache flags, aux-loss coefficients) are logged at
+debug level and left behind.
+
+Writing checks first what the target format can carry (`uncarried`): a Mixtral file has no place for biases or for gate
+normalization, so asking for that is an error, not a model that quietly lost something. Our own `model_type: "skymoe"`
+carries everything a ModelSpec can say; docs/formats.md has the table.
+
+`auto_map` and Python files beside the weights are never looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from skymoe.base.errors import ConfigError, FormatError
+from skymoe.base.log import logger
+from skymoe.base.strict_json import read_json_object
+from skymoe.spec.fields import Fields
+from skymoe.spec.hf_families import FAMILIES, Family, uncarried
+from skymoe.spec.hf_ffn import read_ffn, write_ffn
+from skymoe.spec.hf_rope import read_rope, write_rope
+from skymoe.spec.model import Architecture, ModelSpec
+
+CONFIG_NAME = "config.json"
+MAX_CONFIG_BYTES = 4 * 2**20
+MAX_LAYERS = 10_000
+
+_CLASS_SUFFIX = "ForCausalLM"
+_REFUSED_FLAGS = ("moe_2layer_gate", "add_cross_attention", "is_encoder_decoder")
+_TRAINING_NOISE = ("attention_dropout", "resid_pdrop", "embd_pdrop", "router_jitter_noise", "hidden_dropout")
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The content of `directory`/config.json as a plain dict, read strictly.
+
+    Raises:
+        FormatError: no such directory or file, larger than 4 MiB, not a JSON object, NaN, duplicate keys.
+    """
+    if not directory.is_dir():
+        raise FormatError("there is no such model directory", where=directory, hint="give the directory of config.json")
+    return read_json_object(directory / CONFIG_NAME, max_bytes=MAX_CONFIG_BYTES)
+
+
+def spec_from_directory(directory: Path) -> ModelSpec:
+    """The ModelSpec of the model in `directory`. Raises FormatError."""
+    return spec_from_config(read_config(directory), where=directory / CONFIG_NAME)
+
+
+def spec_from_config(config: Mapping[str, Any], *, where: object = CONFIG_NAME) -> ModelSpec:
+    """Translate a parsed `config.json`.
+
+    Args:
+        config: the JSON object.
+        where: the file, named in errors.
+
+    Raises:
+        FormatError: naming the field and the file.
+    """
+    fields = Fields(config, where)
+    architecture = _architecture(fields)
+    family = FAMILIES[architecture]
+    _refuse_unsupported(fields)
+    try:
+        spec = ModelSpec(architecture=architecture, **_body(fields, family), **read_ffn(fields, architecture))
+    except ConfigError as error:  # ModelSpec's own validation does not know the file
+        raise FormatError(error.what, where=where) from error
+    if unread := fields.unread():
+        logger.debug("%s: fields without effect here: %s", where, ", ".join(unread)[:1000])
+    return spec
+
+
+def config_from_spec(spec: ModelSpec, *, dtype: str = "float32") -> dict[str, Any]:
+    """The `config.json` of `spec`, for transformers v5, older ones, and the serving engines.
+
+    Raises:
+        ConfigError: the architecture cannot carry something `spec` says (see `uncarried`).
+    """
+    if reasons := uncarried(spec):
+        raise ConfigError(
+            f"a {spec.architecture} model directory cannot carry this model",
+            why="; ".join(reasons),
+            hint=f"architecture {Architecture.SKYMOE} carries everything",
+        )
+    family = FAMILIES[spec.architecture]
+    eos: int | list[int] | None = list(spec.eos_ids) if len(spec.eos_ids) > 1 else next(iter(spec.eos_ids), None)
+    return {
+        "architectures": [family.hf_class],
+        "model_type": family.model_type,
+        "vocab_size": spec.vocab_size,
+        "hidden_size": spec.hidden_size,
+        "num_hidden_layers": spec.num_layers,
+        "num_attention_heads": spec.num_heads,
+        "num_key_value_heads": spec.num_kv_heads,
+        "head_dim": spec.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": spec.max_position,
+        "rms_norm_eps": spec.norm_eps,
+        "initializer_range": spec.init_std,
+        "tie_word_embeddings": spec.tie_embeddings,
+        "attention_dropout": 0.0,
+        "bos_token_id": spec.bos_id,
+        "eos_token_id": eos,
+        "pad_token_id": spec.pad_id,
+        "use_cache": True,
+        "dtype": dtype,
+        "torch_dtype": dtype,
+        **write_rope(spec.rope, max_position=spec.max_position),
+        **family.write_extras(spec),
+        **write_ffn(spec),
+    }
+
+
+def generation_config(spec: ModelSpec) -> dict[str, Any]:
+    """The `generation_config.json` of `spec`: the special tokens, nothing about sampling."""
+    config = config_from_spec(spec)
+    tokens = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return {name: value for name, value in tokens.items() if value is not None}
+
+
+def _architecture(fields: Fields) -> Architecture:
+    model_type = fields.text("model_type", "")
+    classes = fields.texts("architectures")
+    if any(not name.endswith(_CLASS_SUFFIX) for name in classes):
+        raise fields.error(
+            "architectures", f"is {', '.join(classes)}: only causal language models (...{_CLASS_SUFFIX}) are supported"
+        )
+    matches = [kind for kind, family in FAMILIES.items() if family.model_type == model_type]
+    if not model_type:
+        matches = [kind for kind, family in FAMILIES.items() if family.hf_class in classes]
+    if not matches:
+        known = ", ".join(sorted({family.model_type for family in FAMILIES.values()}))
+        told = model_type or ", ".join(classes)
+        if not told:
+            raise fields.error("model_type", "is missing", hint=f"known: {known}")
+        raise fields.error("model_type", f"{told!r} is not supported", hint=f"known: {known}")
+    if Architecture.SKYWORK_MOE in matches:  # one name for both; the experts tell them apart
+        has_experts = "num_experts" in fields or "num_local_experts" in fields
+        return Architecture.SKYWORK_MOE if has_experts else Architecture.SKYWORK
+    return matches[0]
+
+
+def _refuse_unsupported(fields: Fields) -> None:
+    activation = fields.text("hidden_act", "silu")
+    if activation not in ("silu", "swish"):
+        raise fields.error("hidden_act", f"{activation!r} is not supported", hint="only silu (SwiGLU) is")
+    for name in _TRAINING_NOISE:
+        if fields.number(name, 0.0) != 0.0:
+            raise fields.error(name, "must be 0", why="noise in training is not implemented", hint="set it to 0")
+    for name in _REFUSED_FLAGS:
+        if fields.flag(name, False):
+            raise fields.error(name, "is not supported")
+    if "quantization_config" in fields:
+        raise fields.error("quantization_config", "is set: quantized weights cannot be read", hint="use the original")
+
+
+def _body(fields: Fields, family: Family) -> dict[str, Any]:
+    num_heads = fields.integer("num_attention_heads")
+    hidden_size = fields.integer("hidden_size")
+    max_position = fields.integer("max_position_embeddings", family.max_position)
+    head_dim = fields.integer("head_dim", family.head_dim or max(1, hidden_size // num_heads))
+    if "head_dim" not in fields and family.head_dim is None and hidden_size % num_heads:
+        raise fields.error("head_dim", f"is missing and hidden_size {hidden_size} is not a multiple of {num_heads} heads")
+    num_layers = fields.integer("num_hidden_layers")
+    if num_layers > MAX_LAYERS:
+        raise fields.error("num_hidden_layers", f"must be at most {MAX_LAYERS}, got {num_layers}")
+    return {
+        "vocab_size": fields.integer("vocab_size"),
+        "hidden_size": hidden_size,
+        "num_layers": num_layers,
+        "num_heads": num_heads,
+        "num_kv_heads": _num_kv_heads(fields, family, num_heads),
+        "head_dim": head_dim,
+        "max_position": max_position,
+        "norm_eps": fields.number("rms_norm_eps", family.norm_eps),
+        "rope": read_rope(fields, max_position=max_position, default_theta=family.theta),
+        "tie_embeddings": fields.flag("tie_word_embeddings", False),
+        "init_std": fields.number("initializer_range", 0.02),
+        "bos_id": _token(fields, "bos_token_id"),
+        "eos_ids": fields.integers("eos_token_id") if "eos_token_id" in fields else (),
+        "pad_id": _token(fields, "pad_token_id"),
+        **family.read_extras(fields, num_layers),
+    }
+
+
+def _num_kv_heads(fields: Fields, family: Family, num_heads: int) -> int:
+    optional = family.kv_heads_optional or fields.has("num_key_value_heads")  # a null means as many as query heads
+    return fields.integer("num_key_value_heads", num_heads if optional else None)
+
+
+def _token(fields: Fields, name: str) -> int | None:
+    value = fields.raw(name)
+    if value is None or value == -1:  # old Llama files write -1 for "none"
+        return None
+    return fields.integer(name, minimum=0)
