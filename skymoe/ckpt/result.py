@@ -1,0 +1,134 @@
+"""The answers of `skymoe ckpt`, schema 1: plain data, printed by `table.show` or as JSON."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class GenerationRow:
+    """One line of `ckpt ls`.
+
+    Attributes:
+        name: the directory.
+        step: training step.
+        created: when it was published, UTC, ISO 8601.
+        num_bytes, num_tensors: of all files.
+        newest: resuming would try this one first.
+        status: "ok" when manifest, set of files and sizes agree (hashes are read by `verify`), else what is wrong.
+    """
+
+    name: str
+    step: int
+    created: str
+    num_bytes: int
+    num_tensors: int
+    newest: bool
+    status: str
+
+
+@dataclass(frozen=True)
+class LsReport:
+    """`ckpt ls`: the generations, newest first, and what else lies there (left by a kill, or damaged)."""
+
+    root: str
+    generations: tuple[GenerationRow, ...]
+    notes: tuple[str, ...]
+    schema: int = 1
+
+    @property
+    def exit_code(self) -> int:
+        """Always 0: a listing is not a verdict."""
+        return 0
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data for `--json`."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class VerifyProblem:
+    """One thing that is not as it was saved: the file, the tensor in it (or ""), and what."""
+
+    file: str
+    tensor: str
+    what: str
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """`ckpt verify`.
+
+    Attributes:
+        path: what was asked for.
+        checked: the generations or files that were read.
+        num_bytes: how many bytes were read.
+        hashed: whether every byte was compared with a hash; a model directory has none, only its form is checked.
+        problems: everything found.
+        notes: what is no damage but worth knowing.
+    """
+
+    path: str
+    checked: tuple[str, ...]
+    num_bytes: int
+    hashed: bool
+    problems: tuple[VerifyProblem, ...]
+    notes: tuple[str, ...]
+    schema: int = 1
+
+    @property
+    def exit_code(self) -> int:
+        """0 intact, 1 damaged."""
+        return 1 if self.problems else 0
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data for `--json`."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One thing that differs.
+
+    Attributes:
+        name: `file:tensor`, or `file:key.path` of a document.
+        what: "only left", "only right", "dtype", "shape", "bits" or "value".
+        detail: the two sides in words.
+        max_abs: largest absolute difference of a numeric tensor; None when there is none (NaN on one side counts as inf).
+        num_elements: how many elements differ in their bits.
+    """
+
+    name: str
+    what: str
+    detail: str = ""
+    max_abs: float | None = None
+    num_elements: int = 0
+
+
+@dataclass(frozen=True)
+class DiffReport:
+    """`ckpt diff`.
+
+    Attributes:
+        left, right: the directories that were compared.
+        num_tensors: tensors present on both sides.
+        num_bytes: bytes compared.
+        differences: everything that differs, in order of name.
+    """
+
+    left: str
+    right: str
+    num_tensors: int
+    num_bytes: int
+    differences: tuple[Difference, ...]
+    schema: int = 1
+
+    @property
+    def exit_code(self) -> int:
+        """0 bit-equal, 1 different."""
+        return 1 if self.differences else 0
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data for `--json`."""
+        return asdict(self)

@@ -1,0 +1,172 @@
+"""ShardedWriter: a model's tensors into safetensors shards, streamed one at a time.
+
+A safetensors header comes before the data and states every byte range. The plan (names, dtypes, shapes) is therefore
+given first; headers and shards follow from it, and each tensor is written at its place when it comes, in any order.
+Memory is bounded by the tensor at hand. The bytes depend on the plan and the tensors only, not on the order of arrival.
+At the end the writer proves that nothing is missing. It writes under the final names: give it a staging directory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from io import FileIO
+from pathlib import Path
+from types import MappingProxyType
+from typing import Self
+
+from torch import Tensor
+
+from skymoe.base.dtype import DType
+from skymoe.base.errors import FormatError, printable
+from skymoe.base.files import ensure_free_space, fsync_dir, machine_errors, write_atomic
+from skymoe.weights.buffers import bytes_of, info_of
+from skymoe.weights.header import Header, TensorInfo, is_safe_name, plan_file, write_all
+from skymoe.weights.index import INDEX_NAME, SINGLE_NAME
+
+DEFAULT_SHARD_BYTES = 5_000_000_000
+_METADATA = MappingProxyType({"format": "pt"})  # transformers refuses files without it
+
+
+class ShardedWriter:
+    """Writes the tensors of `plan` into `directory`, which must exist. A context manager that calls `finish`.
+
+    One shard is `model.safetensors`; several are `model-00001-of-00003.safetensors` and so on, with an index. A tensor
+    larger than `max_shard_bytes` has a shard to itself.
+
+    Args:
+        directory: an existing directory, best a `staging_directory`.
+        plan: (name, dtype, shape) of every tensor, in the order of the shards.
+        max_shard_bytes: most bytes of tensor data in one file.
+        metadata: free strings of each header.
+
+    Raises:
+        FormatError: a name that is unsafe or comes twice, a plan without tensors.
+        MachineError: the disk is too small, or a write fails.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        plan: Sequence[tuple[str, DType, Sequence[int]]],
+        *,
+        max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+        metadata: Mapping[str, str] = _METADATA,
+    ) -> None:
+        self._directory = directory
+        shards = _cut(_check_plan(plan), max_shard_bytes)
+        self._total_bytes = sum(info.num_bytes for shard in shards for info in shard.values())
+        ensure_free_space(directory, self._total_bytes)
+        paths = [directory / name for name in _shard_names(len(shards))]
+        self._shards = [_Shard(path, *plan_file(shard, metadata)) for path, shard in zip(paths, shards, strict=True)]
+        self._shard_of = {name: shard for shard in self._shards for name in shard.header.tensors}
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Write `tensor` at its place.
+
+        Raises:
+            FormatError: not in the plan, already there, or another dtype or shape than planned.
+            MachineError: the write fails.
+        """
+        if name not in self._shard_of:
+            raise FormatError(f"tensor {printable(name)} is not in the plan", where=self._directory)
+        shard, info = self._shard_of[name], info_of(name, tensor)
+        if name not in shard.missing:
+            raise FormatError(f"tensor {name} was written before", where=shard.path)
+        if info != shard.header.tensors[name]:
+            planned = shard.header.tensors[name]
+            why = f"planned {planned.dtype} {list(planned.shape)}, got {info.dtype} {list(info.shape)}"
+            raise FormatError(f"tensor {name} is not as planned", where=shard.path, why=why)
+        shard.write(name, bytes_of(tensor))
+
+    def finish(self) -> tuple[Path, ...]:
+        """Write the index, and return the weight files: everything is on the disk.
+
+        Raises:
+            FormatError: tensors of the plan never came; they are named.
+        """
+        missing = [name for shard in self._shards for name in shard.header.tensors if name in shard.missing]
+        if missing:
+            self.abort()
+            named = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+            raise FormatError(f"{len(missing)} planned tensors were never written: {named}", where=self._directory)
+        if len(self._shards) > 1:
+            weight_map = {name: shard.path.name for name, shard in self._shard_of.items()}
+            index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
+            write_atomic(self._directory / INDEX_NAME, (json.dumps(index, indent=2, sort_keys=True) + "\n").encode())
+        with machine_errors(self._directory):
+            fsync_dir(self._directory)
+        return tuple(shard.path for shard in self._shards)
+
+    def abort(self) -> None:
+        """Close the files as they are; for a caller that gives up and removes the directory."""
+        for shard in self._shards:
+            shard.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, *exception: object) -> None:
+        if kind is None:
+            self.finish()
+        else:
+            self.abort()
+
+
+class _Shard:
+    """One file being written; opened at its first tensor, pushed to the disk and closed at its last."""
+
+    def __init__(self, path: Path, prefix: bytes, header: Header) -> None:
+        self.path, self.header = path, header
+        self.missing = set(header.tensors)
+        self._prefix = prefix
+        self._file: FileIO | None = None
+
+    def write(self, name: str, data: memoryview) -> None:
+        """Put the bytes of tensor `name` at their place."""
+        with machine_errors(self.path):
+            if self._file is None:
+                self._file = FileIO(self.path, "xb")
+                write_all(self._file, self._prefix)
+            self._file.seek(self.header.offsets[name])
+            write_all(self._file, data)
+            self.missing.discard(name)
+            if not self.missing:
+                os.fsync(self._file.fileno())
+                self.close()
+
+    def close(self) -> None:
+        """Close the file as it is."""
+        if self._file is not None:
+            self._file.close()
+
+
+def _check_plan(plan: Sequence[tuple[str, DType, Sequence[int]]]) -> dict[str, TensorInfo]:
+    tensors = {}
+    for name, dtype, shape in plan:
+        if not is_safe_name(name):
+            raise FormatError(f"a tensor cannot be called {printable(repr(name), 80)}")
+        if name in tensors:
+            raise FormatError(f"tensor {name} is planned twice")
+        tensors[name] = TensorInfo(dtype, tuple(shape))
+    if not tensors:
+        raise FormatError("a model without tensors cannot be written")
+    return tensors
+
+
+def _cut(tensors: Mapping[str, TensorInfo], max_bytes: int) -> list[dict[str, TensorInfo]]:
+    """Consecutive tensors into shards of at most `max_bytes` (or one tensor)."""
+    shards: list[dict[str, TensorInfo]] = [{}]
+    room = max_bytes
+    for name, info in tensors.items():
+        if shards[-1] and info.num_bytes > room:
+            shards.append({})
+            room = max_bytes
+        shards[-1][name] = info
+        room -= info.num_bytes
+    return shards
+
+
+def _shard_names(count: int) -> list[str]:
+    return [SINGLE_NAME] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
