@@ -1,0 +1,153 @@
+"""The commands that work on models, in the order in which a newcomer meets them. Imports stand inside: `--help` is quick."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from skymoe.cli.options import AsJson, Overrides, Quiet, Seed, Verbose, given
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Directory for everything the demo makes.")] = Path("demo"),
+    seed: Annotated[int, typer.Option(help="The same seed gives the same result.")] = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="A smaller model and fewer steps.")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """See it all in three minutes: text, a dense model, its mixture of experts, both trained on, a report."""
+    from skymoe.cli.console import print_json
+    from skymoe.demo import run_demo
+
+    result = run_demo(out=out, seed=seed, quick=quick)
+    if as_json:
+        print_json(result.summary)
+
+
+def upcycle(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="A dense model, a Hugging Face directory.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to create.")],
+    method: Annotated[str | None, typer.Option(help="How the experts are made.")] = None,
+    experts: Annotated[int | None, typer.Option(help="Experts per layer.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Experts per token.")] = None,
+    gate_norm: Annotated[bool | None, typer.Option(help="Gating logit normalization (Skywork-MoE Eq. 6).")] = None,
+    seed: Seed = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Turn a dense model into a mixture of experts, with a receipt of how exactly it computes the same."""
+    from skymoe.base.config import check_config
+    from skymoe.cli.console import print_json, print_report
+    from skymoe.upcycle.config import UpcycleConfig
+
+    options = given(source=source, out=out, method=method, experts=experts, top_k=top_k, gate_norm=gate_norm, seed=seed)
+    config = check_config(UpcycleConfig, options)
+    from skymoe.upcycle.run import run
+
+    result = run(config)
+    print_json(result) if as_json else print_report(result)
+
+
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A YAML or TOML file.")],
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the recipe and print it in full.")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Train by a recipe. The same command again resumes; Ctrl-C saves first."""
+    from skymoe.base.config import dump_config, read_config
+    from skymoe.cli.console import print_json, print_report
+    from skymoe.train.config import TrainConfig
+
+    config = read_config(TrainConfig, recipe, overrides or ())
+    if dry_run:
+        print_json(config) if as_json else print(dump_config(config), end="")
+        return
+    from skymoe.train.run import run
+
+    result = run(config)
+    print_json(result) if as_json else print_report(result)
+
+
+def generate(
+    model: Annotated[Path, typer.Argument(help="A Hugging Face directory with tokenizer.json.")],
+    prompt: Annotated[str, typer.Argument(metavar="TEXT", help="The text to continue; - reads standard input.")],
+    max_tokens: Annotated[int | None, typer.Option(help="The most tokens to write.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest token.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Sample among the k likeliest; 0 among all.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample among the likeliest that sum to p.")] = None,
+    seed: Seed = None,
+    ignore_eos: Annotated[bool | None, typer.Option("--ignore-eos", help="Go on after the end of the text.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Load the weights in this format.")] = None,
+    device: Annotated[str | None, typer.Option(help="A torch device: cpu, cuda:0.")] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Continue a text, token by token."""
+    from skymoe.base.config import check_config
+    from skymoe.base.log import logger
+    from skymoe.cli.console import print_json
+    from skymoe.generate.config import GenerateConfig
+
+    options = given(
+        model=model, prompt=prompt, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+        seed=seed, ignore_eos=ignore_eos, dtype=dtype, device=device,
+    )  # fmt: skip
+    config = check_config(GenerateConfig, options)
+    from skymoe.generate.run import run
+
+    if as_json:
+        print_json(run(config))
+        return
+    result = run(config, write=lambda text: print(text, end="", flush=True))
+    print()
+    sys.stdout.flush()
+    logger.info(f"{len(result.token_ids)} tokens, {result.tokens_per_s:.1f} tokens/s, seed {result.seed}")
+
+
+def inspect(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model directory, or a preset such as skywork-moe.")],
+    sequence_length: Annotated[int | None, typer.Option(help="Context for the FLOP count.")] = None,
+    headers_only: Annotated[bool, typer.Option("--headers-only", help="Do not read the weights.")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Show what a model is and costs: parameters, FLOPs, bytes, routers, expert similarity."""
+    from skymoe.base.config import check_config
+    from skymoe.cli.console import print_json
+    from skymoe.inspect.config import InspectConfig
+
+    options = given(model=model, sequence_length=sequence_length, weights=False if headers_only else None)
+    config = check_config(InspectConfig, options)
+    from skymoe.inspect.run import run
+    from skymoe.inspect.table import show
+
+    result = run(config)
+    print_json(result.as_json()) if as_json else show(result)
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories, or the directory of a demo.")],
+    out: Annotated[Path | None, typer.Option(help="The HTML file to write.")] = None,
+    title: Annotated[str | None, typer.Option(help="Heading of the page.")] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Draw one self-contained HTML page from one or several runs."""
+    from skymoe.base.config import check_config
+    from skymoe.cli.console import print_json, print_report
+    from skymoe.report.config import ReportConfig
+    from skymoe.report.run import run
+
+    result = run(check_config(ReportConfig, given(runs=runs, out=out, title=title)))
+    print_json(result) if as_json else print_report(result)
