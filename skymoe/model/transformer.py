@@ -81,7 +81,7 @@ class Transformer(nn.Module):
             recompute: layers to run again in the backward pass instead of keeping their activations.
         """
         batch = batch or BatchInfo()
-        inputs = self._attention_inputs(tokens_BT, batch, cache)
+        inputs = self.attention_inputs(tokens_BT, batch, cache)
         x_BTD = self.embed(tokens_BT)
         routings = []
         for layer, block in enumerate(self.layers):
@@ -95,7 +95,8 @@ class Transformer(nn.Module):
             cache.length += tokens_BT.shape[1]
         return HiddenOutput(self.norm(x_BTD), tuple(routings))
 
-    def _attention_inputs(self, tokens_BT: Tensor, batch: BatchInfo, cache: KVCache | None) -> AttentionInputs:
+    def attention_inputs(self, tokens_BT: Tensor, batch: BatchInfo, cache: KVCache | None) -> AttentionInputs:
+        """Positions and masks of a batch, shared by all layers; for callers that run the layers one at a time."""
         num_tokens, past, device = tokens_BT.shape[1], cache.length if cache else 0, tokens_BT.device
         if cache is not None:
             cache.check_room(num_tokens)

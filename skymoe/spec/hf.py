@@ -165,7 +165,9 @@ def _body(fields: Fields, family: Family) -> dict[str, Any]:
     max_position = fields.integer("max_position_embeddings", family.max_position)
     head_dim = fields.integer("head_dim", family.head_dim or max(1, hidden_size // num_heads))
     if "head_dim" not in fields and family.head_dim is None and hidden_size % num_heads:
-        raise fields.error("head_dim", f"is missing and hidden_size {hidden_size} is not a multiple of {num_heads} heads")
+        raise fields.error(
+            "head_dim", f"is missing and hidden_size {hidden_size} is not a multiple of {num_heads} heads"
+        )
     num_layers = fields.integer("num_hidden_layers")
     if num_layers > MAX_LAYERS:
         raise fields.error("num_hidden_layers", f"must be at most {MAX_LAYERS}, got {num_layers}")

@@ -7,7 +7,7 @@ The defaults are those of the transformers configuration classes, for fields tha
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from skymoe.spec.fields import Fields
@@ -41,6 +41,12 @@ def uncarried(spec: ModelSpec) -> tuple[str, ...]:
     if arch is Architecture.SKYWORK_MOE and spec.moe and spec.moe.gate_norm and spec.moe.gate_norm.ddof != 1:
         reasons.append("the gate normalization of skywork is the unbiased deviation (ddof=1)")
     return tuple(reasons)
+
+
+def carried(spec: ModelSpec) -> tuple[ModelSpec, tuple[str, ...]]:
+    """`spec` under an architecture that can carry it: its own, or `skymoe` with the reasons why not its own."""
+    reasons = uncarried(spec)
+    return (replace(spec, architecture=Architecture.SKYMOE), reasons) if reasons else (spec, ())
 
 
 def _uncarried_attention(spec: ModelSpec) -> list[str]:
@@ -128,7 +134,10 @@ def _write_window(spec: ModelSpec) -> dict[str, Any]:
 
 
 def _read_qwen2(fields: Fields, num_layers: int) -> dict[str, Any]:
-    return {"qkv_bias": True, **_read_layer_window(fields, num_layers, fields.integer("max_window_layers", 28, minimum=0))}
+    return {
+        "qkv_bias": True,
+        **_read_layer_window(fields, num_layers, fields.integer("max_window_layers", 28, minimum=0)),
+    }
 
 
 def _read_qwen3(fields: Fields, num_layers: int) -> dict[str, Any]:
@@ -186,7 +195,9 @@ def _read_layer_window(fields: Fields, num_layers: int, first: int, *, switch: b
     if kinds := _read_layer_types(fields, num_layers):
         first = kinds.index(SLIDING) if SLIDING in kinds else num_layers
         if FULL in kinds[first:]:
-            raise fields.error("layer_types", "has full attention after a sliding layer", why="that order is not supported")
+            raise fields.error(
+                "layer_types", "has full attention after a sliding layer", why="that order is not supported"
+            )
         if window is None and first < num_layers:
             raise fields.error("layer_types", "names sliding layers, but no sliding window is in use")
     if window is None or first >= num_layers:

@@ -90,7 +90,9 @@ def _refuse_multiplied_input(fields: Fields) -> None:
     names = ("moe_use_mixtral_gating", "moe_use_Skywork_gating", "moe_feature_no_mul_topk")
     given = [fields.flag(name) for name in names if name in fields]
     if given and not any(given):
-        raise fields.error(names[-1], "is false, and so is the gating of Skywork: scaled expert inputs are not supported")
+        raise fields.error(
+            names[-1], "is false, and so is the gating of Skywork: scaled expert inputs are not supported"
+        )
 
 
 def _write_skywork(spec: ModelSpec) -> dict[str, Any]:
