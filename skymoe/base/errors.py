@@ -5,7 +5,7 @@ line prints the message without a traceback and exits with `exit_code`. Anything
 and keeps its traceback.
 
 Exit codes: 0 done, 1 the job ran and its answer is "no" (verification failed, files differ), 2 bad input,
-3 the machine (no space, no port), 75 interrupted but resumable, 130 interrupted.
+3 the machine (no space, no port), 70 a defect of ours, 75 interrupted but resumable, 130 interrupted.
 """
 
 from __future__ import annotations

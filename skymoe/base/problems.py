@@ -1,5 +1,7 @@
 """Turns pydantic's list of errors into one message a person can act on.
 
+For example:
+
     recipe.yaml: 2 problems
       recipe.yaml:7: train.lrr: unknown key; did you mean "lr"?
       command line: steps: expected a whole number, got 'ten'
@@ -41,7 +43,7 @@ def explain(error: ValidationError, cls: type[BaseModel], document: Document, na
         place = document.place(key)
         if item["type"] == "missing":
             key = (*key, item["loc"][-1])
-        grouped.setdefault((place, ".".join(map(str, key))), []).append(_tell(item, cls, key, document))
+        grouped.setdefault((place, ".".join(map(str, key))), []).append(_tell(item, cls, key))
     lines = [
         f"{printable(path)}: {' or '.join(dict.fromkeys(told))}" if path else " or ".join(told)
         for (_, path), told in grouped.items()
@@ -57,14 +59,13 @@ def written_key(data: Any, loc: tuple[int | str, ...]) -> Key:
     """The part of pydantic's location that the user wrote; it also names the members of unions."""
     key: Key = ()
     for step in loc:
-        if isinstance(data, list) and isinstance(step, int):
-            key, data = (*key, step), data[step]
-        elif isinstance(data, dict) and step in data:
+        there = step in data if isinstance(data, dict) else isinstance(data, list) and isinstance(step, int)
+        if there:
             key, data = (*key, step), data[step]
     return key
 
 
-def _tell(item: ErrorDetails, cls: type[BaseModel], key: Key, document: Document) -> str:
+def _tell(item: ErrorDetails, cls: type[BaseModel], key: Key) -> str:
     kind, context = item["type"], item.get("ctx", {})
     if kind == "extra_forbidden":
         return "unknown key" + _nearest_key(cls, key)

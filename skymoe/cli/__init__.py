@@ -1,8 +1,8 @@
 """Floor 7: the command line. One table of commands, imports late.
 
 A command reads its options into the job's Config, calls the job's `run`, and prints the report: as text, or with
-`--json` as data on standard output. Everything else (progress, log, errors) goes to standard error. Exit codes are those
-of `skymoe.base.errors`. `jobs.py` has the commands that work on models, `tools.py` the small ones.
+`--json` as data on standard output. Everything else (progress, log, errors) goes to standard error. Exit codes are
+those of `skymoe.base.errors`. `jobs.py` has the commands that work on models, `tools.py` the small ones.
 """
 
 from __future__ import annotations

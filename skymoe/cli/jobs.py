@@ -1,4 +1,4 @@
-"""The commands that work on models, in the order in which a newcomer meets them. Imports stand inside: `--help` is quick."""
+"""The commands on models, as a newcomer meets them. Imports stand inside: `--help` must not wait for torch."""
 
 from __future__ import annotations
 

@@ -1,15 +1,18 @@
-"""The small commands: data, ckpt, config, doctor. Imports stand inside: `--help` is quick."""
+"""The small commands: data, ckpt, config, doctor. Imports stand inside: `--help` must not wait for torch."""
 
 from __future__ import annotations
 
 import json
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from skymoe.cli.options import AsJson, Overrides, Quiet, Seed, Verbose, given
+
+if TYPE_CHECKING:
+    from skymoe.ckpt.result import DiffReport, LsReport, VerifyReport
 
 data = typer.Typer(no_args_is_help=True)
 ckpt = typer.Typer(no_args_is_help=True)
@@ -18,7 +21,7 @@ config = typer.Typer(no_args_is_help=True)
 
 @data.command("build")
 def data_build(
-    inputs: Annotated[list[Path], typer.Argument(metavar="INPUT...", help="txt, jsonl, parquet, source files, folders.")],
+    inputs: Annotated[list[Path], typer.Argument(metavar="INPUT", help="txt, jsonl, parquet, sources, folders.")],
     out: Annotated[Path, typer.Option(help="Directory to create.")],
     name: Annotated[str | None, typer.Option(help="Name of the data set.")] = None,
     overwrite: Annotated[bool | None, typer.Option("--overwrite", help="Replace OUT when it exists.")] = None,
@@ -45,6 +48,54 @@ def data_build(
     )  # fmt: skip
     result = run(read_config(BuildConfig, None, extra or (), defaults=options))
     print_json(result) if as_json else print_report(result)
+
+
+@ckpt.command("ls")
+def ckpt_ls(
+    path: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, or its checkpoints folder.")],
+    as_json: AsJson = False,
+) -> None:
+    """List the checkpoint generations of a run, newest first."""
+    from skymoe.base.config import check_config
+    from skymoe.ckpt.config import LsConfig
+    from skymoe.ckpt.run import run_ls
+
+    _answer(run_ls(check_config(LsConfig, given(path=path))), as_json)
+
+
+@ckpt.command("verify")
+def ckpt_verify(
+    path: Annotated[Path, typer.Argument(help="A generation, a run directory, or a model directory.")],
+    as_json: AsJson = False,
+) -> None:
+    """Read every byte and compare it with its hash. Exit 0 intact, 1 damaged."""
+    from skymoe.base.config import check_config
+    from skymoe.ckpt.config import VerifyConfig
+    from skymoe.ckpt.run import run_verify
+
+    _answer(run_verify(check_config(VerifyConfig, given(path=path))), as_json)
+
+
+@ckpt.command("diff")
+def ckpt_diff(
+    left: Annotated[Path, typer.Argument(metavar="A", help="A generation, a run directory, or a model directory.")],
+    right: Annotated[Path, typer.Argument(metavar="B", help="The same.")],
+    as_json: AsJson = False,
+) -> None:
+    """Compare two states tensor by tensor. Exit 0 bit-equal, 1 different."""
+    from skymoe.base.config import check_config
+    from skymoe.ckpt.config import DiffConfig
+    from skymoe.ckpt.run import run_diff
+
+    _answer(run_diff(check_config(DiffConfig, given(left=left, right=right))), as_json)
+
+
+def _answer(report: LsReport | VerifyReport | DiffReport, as_json: bool) -> NoReturn:
+    from skymoe.ckpt.table import show
+    from skymoe.cli.console import print_json
+
+    print_json(report.as_json()) if as_json else show(report)
+    raise typer.Exit(report.exit_code)
 
 
 @config.command("show")
