@@ -5,13 +5,13 @@
     Eq. 5   L = L_ce + sum_l alpha_l L_aux_l
     Eq. 7-9 alpha_hat = min(xi d, alpha_max);  alpha <- beta alpha + (1 - beta) alpha_hat     per layer, per step
 
-d is the drop rate: the share of token-expert assignments above the capacity C = ceil(CF k T / n). Nothing need be dropped
-for it to be measured (*virtual* capacity).
+d is the drop rate: the share of token-expert assignments above the capacity C = ceil(CF k T / n). Nothing need be
+dropped for it to be measured (*virtual* capacity).
 
-**Global-batch statistics.** The means run over all tokens of the optimizer step, not of a micro-batch: a micro-batch loss
-pushes every few sequences to be uniform and costs specialization (arXiv 2501.11873). Both losses are functions of a few
-sums (`GateTotals`), additive over micro-batches and ranks. Given the totals of the whole step, `aux_loss` returns for one micro-batch
-a scalar whose gradients add up to the exact gradient of the global loss:
+**Global-batch statistics.** The means run over all tokens of the optimizer step, not of a micro-batch: a micro-batch
+loss pushes every few sequences to be uniform and costs specialization (arXiv 2501.11873). Both losses are functions of
+a few sums (`GateTotals`), additive over micro-batches and ranks. Given the totals of the whole step, `aux_loss` returns
+for one micro-batch a scalar whose gradients add up to the exact gradient of the global loss:
 dL/dg_ij = (2/T)(mean_j - 1/n) for Eq. 4 and (n/T) f_j for `switch`, with the factor treated as a constant.
 
 Shapes: T tokens, E experts (n), K experts per token, L MoE layers.
@@ -68,13 +68,13 @@ def gate_totals(routing: Routing, valid_T: Tensor | None = None) -> GateTotals:
 
 def loss_value(kind: AuxLoss, totals: GateTotals, *, top_k: int) -> Tensor:
     """The value of the balance loss over all tokens in `totals` (no gradient): Eq. 4, or Switch's n sum f P."""
-    num_experts = totals.prob_sum_E.numel()
-    mean_prob_E = totals.prob_sum_E / totals.num_tokens
+    num_experts, num_tokens = totals.prob_sum_E.numel(), totals.num_tokens.clamp_min(1)
+    mean_prob_E = totals.prob_sum_E / num_tokens
     match kind:
         case AuxLoss.SKYWORK:
             return (1 / num_experts - mean_prob_E).square().sum()
         case AuxLoss.SWITCH:
-            return num_experts * (totals.counts_E / (totals.num_tokens * top_k) * mean_prob_E).sum()
+            return num_experts * (totals.counts_E / (num_tokens * top_k) * mean_prob_E).sum()
         case AuxLoss.NONE:
             return mean_prob_E.new_zeros(())
 
@@ -97,15 +97,16 @@ def aux_loss(
     own = gate_totals(routing, valid_T)
     totals = own if totals is None else totals
     num_experts, top_k = routing.probs_TE.shape[-1], routing.weights_TK.shape[-1]
+    num_tokens = totals.num_tokens.clamp_min(1)  # a batch of pads only has no loss
     match kind:
         case AuxLoss.SKYWORK:
-            slope_E = 2 * (totals.prob_sum_E / totals.num_tokens - 1 / num_experts)
+            slope_E = 2 * (totals.prob_sum_E / num_tokens - 1 / num_experts)
         case AuxLoss.SWITCH:
-            slope_E = num_experts * totals.counts_E / (totals.num_tokens * top_k)
+            slope_E = num_experts * totals.counts_E / (num_tokens * top_k)
         case AuxLoss.NONE:
             return routing.probs_TE.new_zeros(())
     probs_TE = routing.probs_TE if valid_T is None else routing.probs_TE * valid_T[:, None]
-    return (probs_TE.sum(0) * slope_E).sum() / totals.num_tokens
+    return (probs_TE.sum(0) * slope_E).sum() / num_tokens
 
 
 def z_loss(routing: Routing, num_tokens: Tensor | int | None = None, valid_T: Tensor | None = None) -> Tensor:
@@ -122,17 +123,17 @@ def z_loss(routing: Routing, num_tokens: Tensor | int | None = None, valid_T: Te
     squared_T = routing.logits_TE.logsumexp(-1).square()
     if valid_T is not None:
         squared_T = squared_T * valid_T
-        num_tokens = valid_T.sum() if num_tokens is None else num_tokens
+        num_tokens = valid_T.sum().clamp_min(1) if num_tokens is None else num_tokens
     return squared_T.sum() / (squared_T.numel() if num_tokens is None else num_tokens)
 
 
 def capacity(num_tokens: int, *, num_experts: int, top_k: int, capacity_factor: float) -> int:
-    """C = ceil(CF k T / n), assignments per expert."""
-    return math.ceil(capacity_factor * top_k * num_tokens / num_experts)
+    """C = ceil(CF k T / n), assignments per expert; 1.1 * 50 / 5 is 11 although 1.1 is no binary fraction."""
+    return math.ceil(capacity_factor * top_k * num_tokens / num_experts * (1 - 1e-12))
 
 
 def drop_rate(counts_E: Tensor, *, num_tokens: int, top_k: int, capacity_factor: float) -> float:
-    """d = sum_j max(0, c_j - C) / (k T): the share of assignments above capacity, dropped or not. 0 when there are no tokens."""
+    """Share of assignments above capacity, dropped or not: d = sum_j max(0, c_j - C) / (k T). 0 of no tokens."""
     if num_tokens == 0:
         return 0.0
     limit = capacity(num_tokens, num_experts=counts_E.numel(), top_k=top_k, capacity_factor=capacity_factor)
@@ -158,12 +159,13 @@ class AdaptiveCoefficients:
     adaptive: bool = True
 
     def update(self, drop_rate_L: Sequence[float]) -> None:
-        """One step of Eq. 7-9 from each layer's drop rate."""
+        """One step of Eq. 7-9 from each layer's drop rate. Raises ValueError for another number of layers."""
         if not self.adaptive:
             return
-        for layer, d in enumerate(drop_rate_L):
-            alpha_hat = min(self.xi * d, self.alpha_max)
-            self.alpha_L[layer] = self.beta * self.alpha_L[layer] + (1 - self.beta) * alpha_hat
+        self.alpha_L = [
+            self.beta * alpha + (1 - self.beta) * min(self.xi * d, self.alpha_max)
+            for alpha, d in zip(self.alpha_L, drop_rate_L, strict=True)
+        ]
 
     def state(self) -> dict[str, list[float]]:
         """What a checkpoint must hold. JSON keeps doubles exactly."""
@@ -203,8 +205,10 @@ class RouterMetrics(NamedTuple):
 
 @torch.no_grad()
 def router_metrics(routing: Routing, valid_T: Tensor | None = None) -> RouterMetrics:
-    """The figures of one layer over the valid tokens of one batch."""
+    """The figures of one layer over the valid tokens of one batch; of no tokens, zeros."""
     probs_TE = routing.probs_TE if valid_T is None else routing.probs_TE[valid_T]
+    if probs_TE.shape[0] == 0:
+        return RouterMetrics(0.0, 0.0, 0.0, routing.counts_E.numel(), 0.0)
     top = probs_TE.topk(min(3, probs_TE.shape[-1]), dim=-1).values.clamp_min(1e-20)
     ratios = (top[:, :-1] / top[:, 1:]).mean(0).tolist() + [0.0, 0.0]
     entropy = -(probs_TE * probs_TE.clamp_min(1e-20).log()).sum(-1).mean()

@@ -1,16 +1,17 @@
-"""The gate: logits in, chosen experts and combine weights out. Everything here is fp32, whatever autocast says.
+"""The gate: logits in, chosen experts and combine weights out. fp32 (fp64 for fp64), whatever autocast says.
 
     z  = W x                                            fp32, no bias
     z~ = lambda (z - mu) / (sigma + eps)                Eq. 6: gating logit normalization (optional)
     g  = softmax(z~)                                    Eq. 1
     top-k of g, renormalized over the k chosen          Eq. 2
 
-The normalization gives every token's logits the same spread, so that the gate keeps telling experts apart (Max1/Max2 stays
-well above 1) instead of collapsing towards 1/n each. The released inference code divides by the unbiased deviation, subtracts no mean and adds no
-epsilon; the softmax is shift-invariant, so only `ddof` and `eps` matter. See `GateNormSpec`.
+The normalization gives every token's logits the same spread, so that the gate keeps telling experts apart (Max1/Max2
+stays well above 1) instead of collapsing towards 1/n each. The released inference code divides by the unbiased
+deviation, subtracts no mean and adds no epsilon; the softmax is shift-invariant, so only `ddof` and `eps` matter. See
+`GateNormSpec`.
 
-A `Routing` is returned, never stored: under activation checkpointing the chosen ids are saved (model/recompute.py), so a
-token cannot take another way on the second forward, and counts are not counted twice.
+A `Routing` is returned, never stored: under activation checkpointing the chosen ids are saved (model/recompute.py), so
+a token cannot take another way on the second forward, and counts are not counted twice.
 
 Shapes: T tokens, E experts, K experts per token.
 """
@@ -34,8 +35,8 @@ class Routing(NamedTuple):
         expert_ids_TK: int64; E (one past the last expert) where nothing is sent: pads and assignments over capacity.
         counts_E: int64 assignments wanted per expert by the valid tokens, before any drop by capacity.
         probs_TE: g, the full softmax (of the normalized logits when gate normalization is on).
-        logits_TE: z, the raw fp32 logits.
-        is_full: True when every one of the T*K assignments is sent (no pads, no capacity), known without a look at the data.
+        logits_TE: z, the raw fp32 logits; 0 for pads.
+        is_full: every one of the T*K assignments is sent (no pads, no capacity), known without a look at the data.
     """
 
     weights_TK: Tensor
@@ -52,21 +53,26 @@ class Routing(NamedTuple):
 
 
 def gate_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
-    """z = W x in fp32, (T, D) x (E, D) -> (T, E), outside any autocast."""
+    """Form z = W x in fp32 (fp64 for fp64), (T, D) x (E, D) -> (T, E), outside any autocast."""
+    wide = torch.promote_types(x_TD.dtype, torch.float32)
     with torch.autocast(x_TD.device.type, enabled=False):
-        return F.linear(x_TD.float(), weight_ED.float())
+        return F.linear(x_TD.to(wide), weight_ED.to(wide))
 
 
 def normalize_logits(logits_TE: Tensor, norm: GateNormSpec) -> Tensor:
-    """Eq. 6: z~ = lambda (z - mu) / (sigma + eps) over the experts of each token. Constant logits stay finite if eps > 0."""
+    """Eq. 6: z~ = lambda (z - mu) / (sigma + eps) over the experts of each token.
+
+    Constant logits stay constant, hence an indifferent gate, also where eps is 0: there are pads whose hidden state is 0.
+    """
     centred_TE = logits_TE - logits_TE.mean(-1, keepdim=True) if norm.subtract_mean else logits_TE
-    return norm.scale * centred_TE / (logits_TE.std(-1, correction=norm.ddof, keepdim=True) + norm.eps)
+    deviation_T1 = logits_TE.std(-1, correction=norm.ddof, keepdim=True) + norm.eps
+    return norm.scale * centred_TE / deviation_T1.masked_fill(deviation_T1 == 0, 1)
 
 
 def count_assignments(expert_ids_TK: Tensor, num_experts: int) -> Tensor:
     """Assignments per expert, (E,) int64; ids equal to E are not counted."""
     ids = expert_ids_TK.flatten()
-    return torch.zeros(num_experts + 1, dtype=torch.int64, device=ids.device).scatter_add_(0, ids, torch.ones_like(ids))[:-1]
+    return ids.new_zeros(num_experts + 1).scatter_add_(0, ids, torch.ones_like(ids))[:-1]
 
 
 def route(
@@ -82,7 +88,7 @@ def route(
     """Choose `top_k` experts for each token.
 
     Args:
-        logits_TE: raw gate logits.
+        logits_TE: raw gate logits; narrower ones than fp32 are widened first.
         top_k: experts per token.
         gate_norm: gating logit normalization (Eq. 6), or None.
         norm_topk: renormalize the chosen probabilities to sum to 1 (Eq. 2).
@@ -97,6 +103,9 @@ def route(
         The routing. `weights_TK` and `probs_TE` carry gradients; the choice itself has none.
     """
     num_experts = logits_TE.shape[-1]
+    logits_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
+    if valid_T is not None:
+        logits_TE = logits_TE.masked_fill(~valid_T[:, None], 0)  # a pad may hold anything, not-a-number included
     normalized_TE = normalize_logits(logits_TE, gate_norm) if gate_norm else logits_TE
     probs_TE = normalized_TE.softmax(-1)
     scores_TE = normalized_TE
@@ -113,7 +122,8 @@ def route(
     if not is_full:
         weights_TK = weights_TK * (ids_TK < num_experts)
     if norm_topk:
-        weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True).clamp_min(torch.finfo(weights_TK.dtype).tiny)
+        total_T1 = weights_TK.sum(-1, keepdim=True)
+        weights_TK = weights_TK / total_T1.masked_fill(total_T1 == 0, 1)  # 0 where all of a token's choices are unsent
     return Routing(weights_TK, ids_TK, counts_E, probs_TE, logits_TE, is_full)
 
 
