@@ -167,7 +167,8 @@ def _receipt_of_parent(runs: tuple[Run, ...], notes: list[str]) -> dict[str, Any
     for run in runs:
         parent = run.header.get("parent")
         if run.is_moe and isinstance(parent, str) and (Path(parent) / "receipt.json").is_file():
-            return _document(Path(parent) / "receipt.json", dict, notes)
+            receipt: dict[str, Any] = _document(Path(parent) / "receipt.json", dict, notes)
+            return receipt
     return {}
 
 

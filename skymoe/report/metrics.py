@@ -50,8 +50,10 @@ class Columns:
         """Add one record. A step that was seen before replaces it and all later ones (a resumed run)."""
         steps = self._train["step"]
         while len(self) and steps[-1] >= record["step"]:
-            for column in (*self._train.values(), *self._layers.values()):
+            for column in self._train.values():
                 column.pop()
+            for rows in self._layers.values():
+                rows.pop()
         for name, column in self._train.items():
             column.append(_or_nan(record.get(name)))
         layers = record.get("layers")
