@@ -1,0 +1,175 @@
+"""Text -> token ids: a byte-level BPE trained here, or the tokenizer of an existing model.
+
+Byte-level: every text, in any language, has tokens and comes back byte for byte; nothing is unknown. Two special tokens
+come first: `<|endoftext|>` (0) closes each document, `<|pad|>` (1) is for those who must pad. Text that happens to
+spell a special token is encoded as ordinary text: a document cannot end itself.
+
+Upcycling and continued training always reuse the dense model's tokenizer; training one is for models that begin here.
+The package `tokenizers` (extra `text`) does the work on all cores; TOKENIZERS_PARALLELISM=false holds it to one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from skymoe.base.errors import ConfigError, FormatError, MissingExtraError, printable
+from skymoe.base.strict_json import read_json_object
+
+END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
+
+_MAX_TOKENIZER_BYTES = 1 << 28
+_MAX_CONFIG_BYTES = 1 << 24
+_TOKENIZER_FILES = (
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "vocab.json",
+    "merges.txt", "tokenizer.model",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TextTokenizer:
+    """A tokenizer and the token that ends a document.
+
+    Attributes:
+        backend: the `tokenizers.Tokenizer`.
+        eos_token: its text; `eos_id` its number.
+        json: the content of tokenizer.json.
+        source: directory it was read from, None when it was trained here.
+    """
+
+    backend: Any
+    eos_token: str
+    eos_id: int
+    json: bytes
+    source: Path | None = None
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """One more than the largest id."""
+        return 1 + max(int(number) for number in self.backend.get_vocab(with_added_tokens=True).values())
+
+    @property
+    def sha256(self) -> str:
+        """Of tokenizer.json."""
+        return hashlib.sha256(self.json).hexdigest()
+
+    def encode_documents(self, texts: Sequence[str], dtype: npt.DTypeLike) -> list[npt.NDArray[Any]]:
+        """The ids of each text and the end token; no other special token. All cores."""
+        encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array([*encoding.ids, self.eos_id], dtype) for encoding in encodings]
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a prompt, with what the tokenizer puts before it (Llama: the begin token)."""
+        return list(self.backend.encode(text, add_special_tokens=True).ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`, special tokens left out."""
+        return str(self.backend.decode(list(ids), skip_special_tokens=True))
+
+    def save(self, directory: Path) -> None:
+        """Write a directory that `transformers.AutoTokenizer.from_pretrained` loads, as the source had it."""
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "tokenizer.json").write_bytes(self.json)
+        for found in [self.source / name for name in _TOKENIZER_FILES] if self.source else []:
+            if found.is_file():
+                shutil.copyfile(found, directory / found.name)
+        config = directory / "tokenizer_config.json"
+        if not config.exists():
+            config.write_text(json.dumps(self._transformers_config(), indent=2) + "\n", encoding="utf-8")
+
+    def _transformers_config(self) -> dict[str, object]:
+        has_pad = self.backend.token_to_id(PAD) is not None
+        return {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": None,
+            "eos_token": self.eos_token,
+            "pad_token": PAD if has_pad else None,
+            "unk_token": None,
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": 10**9,
+        }
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
+    """A byte-level BPE of at most `vocab_size` tokens. The same texts in the same order give the same vocabulary.
+
+    Raises:
+        MissingExtraError: the package `tokenizers` is not installed.
+    """
+    if vocab_size < 258:
+        raise ConfigError(f"a vocabulary of {vocab_size} cannot hold 256 bytes and 2 special tokens")
+    library = _library()
+    backend = library.Tokenizer(library.models.BPE())
+    backend.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = library.decoders.ByteLevel()
+    trainer = library.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT, PAD],
+        initial_alphabet=sorted(library.pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    backend.encode_special_tokens = True
+    json_bytes = backend.to_str(pretty=True).encode()
+    return TextTokenizer(backend, END_OF_TEXT, backend.token_to_id(END_OF_TEXT), json_bytes)
+
+
+def load_tokenizer(path: Path, *, eos_token: str | None = None) -> TextTokenizer:
+    """The tokenizer in a Hugging Face directory, or a tokenizer.json.
+
+    Args:
+        path: directory or file.
+        eos_token: the token that ends a document; default: the one tokenizer_config.json names.
+
+    Raises:
+        FormatError: there is no tokenizer.json, it cannot be read, or no end token is known.
+        MissingExtraError: the package `tokenizers` is not installed.
+    """
+    directory = path if path.is_dir() else path.parent
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if path.is_dir() and not file.exists():
+        raise FormatError(
+            "there is no tokenizer.json",
+            where=path,
+            hint="transformers.AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) writes one",
+        )
+    read_json_object(file, max_bytes=_MAX_TOKENIZER_BYTES)  # regular, bounded, JSON: before the library sees it
+    try:
+        backend = _library().Tokenizer.from_file(str(file))
+    except MissingExtraError:
+        raise
+    except Exception as error:  # the library raises nothing narrower
+        raise FormatError(f"this is not a tokenizer: {printable(error)}", where=file) from error
+    backend.no_padding()  # tokenizer.json may carry both; documents are neither cut nor filled up
+    backend.no_truncation()
+    backend.encode_special_tokens = True
+    name = eos_token or _eos_from_config(directory / "tokenizer_config.json") or END_OF_TEXT
+    number = backend.token_to_id(name)
+    if number is None:
+        raise FormatError(f"the vocabulary has no end token {printable(name)!r}", where=file, hint="give eos_token")
+    return TextTokenizer(backend, name, number, file.read_bytes(), directory)
+
+
+def _eos_from_config(path: Path) -> str | None:
+    if not path.exists():
+        return None
+    token = read_json_object(path, max_bytes=_MAX_CONFIG_BYTES).get("eos_token")
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else None
+
+
+def _library() -> Any:
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise MissingExtraError("tokenizing text", "text") from error
+    return tokenizers
