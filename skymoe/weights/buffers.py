@@ -32,7 +32,7 @@ def info_of(name: str, tensor: Tensor) -> TensorInfo:
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """The elements of `tensor` in row-major order as bytes: its own memory when it is contiguous and on the CPU."""
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def empty(info: TensorInfo) -> Tensor:

@@ -36,6 +36,7 @@ MAX_HEADER_BYTES = 100_000_000
 CHUNK_BYTES = 8 * 2**20  # of one read: large enough for full speed, small enough for a cache
 _MAX_ELEMENTS = 2**44  # of one tensor, counting empty dimensions as 1: above every model, below every overflow
 _MAX_DIMS = 8
+_NAME_RULE = "names are printable ASCII without spaces, quotes, backslashes or '..'"
 _NAME = re.compile(r"[A-Za-z0-9_][!#-\[\]-~]{0,511}")  # printable ASCII without space, quote and backslash
 
 
@@ -153,7 +154,8 @@ def plan_file(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]) ->
     fields: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name in order:
-        assert is_safe_name(name), name
+        if not is_safe_name(name):
+            raise FormatError(f"a tensor cannot be called {printable(repr(name), 80)}", why=_NAME_RULE)
         begin, end = end, end + tensors[name].num_bytes
         dtype, shape = tensors[name].dtype.safetensors_name, list(tensors[name].shape)
         fields[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
@@ -223,8 +225,7 @@ def _metadata(value: object, path: Path) -> dict[str, str]:
 def _entry(name: str, value: object, path: Path) -> tuple[TensorInfo, int, int]:
     """Dtype and shape, begin and end of one tensor, each checked by itself."""
     if not is_safe_name(name):
-        why = "names are printable ASCII without spaces, quotes, backslashes or '..'"
-        raise FormatError(f"a tensor is called {printable(repr(name), 80)}", where=path, why=why)
+        raise FormatError(f"a tensor is called {printable(repr(name), 80)}", where=path, why=_NAME_RULE)
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise FormatError(f"tensor {name}: expected dtype, shape and data_offsets", where=path)
     shape, offsets = value["shape"], value["data_offsets"]

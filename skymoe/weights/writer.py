@@ -22,7 +22,7 @@ from skymoe.base.dtype import DType
 from skymoe.base.errors import FormatError, printable
 from skymoe.base.files import ensure_free_space, fsync_dir, machine_errors, write_atomic
 from skymoe.weights.buffers import bytes_of, info_of
-from skymoe.weights.header import Header, TensorInfo, is_safe_name, plan_file, write_all
+from skymoe.weights.header import Header, TensorInfo, plan_file, write_all
 from skymoe.weights.index import INDEX_NAME, SINGLE_NAME
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -145,8 +145,6 @@ class _Shard:
 def _check_plan(plan: Sequence[tuple[str, DType, Sequence[int]]]) -> dict[str, TensorInfo]:
     tensors = {}
     for name, dtype, shape in plan:
-        if not is_safe_name(name):
-            raise FormatError(f"a tensor cannot be called {printable(repr(name), 80)}")
         if name in tensors:
             raise FormatError(f"tensor {name} is planned twice")
         tensors[name] = TensorInfo(dtype, tuple(shape))
