@@ -20,7 +20,7 @@ class AttentionInputs(NamedTuple):
     """What the layers of one forward pass share.
 
     Attributes:
-        cos, sin: rotary tables, (B or 1, 1, T, C).
+        cos, sin: rotary tables, (B or 1, 1, T, C/2).
         masks: attention mask by window (see `ops.attention.attention_mask`).
         cache: keys and values so far, or None.
     """

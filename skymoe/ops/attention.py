@@ -38,12 +38,32 @@ def attention_mask(
     return mask[None, None]
 
 
+# On a CPU the fused kernel's backward costs more than the scores it saves until sequences are long (docs/performance.md).
+_SHORT = 512
+
+
 def causal_attention(q_BHTC: Tensor, k_BGSC: Tensor, v_BGSC: Tensor, mask: Tensor | None) -> Tensor:
     """softmax(q k^T / sqrt(C)) v. `mask` None means causal with T = S."""
+    if q_BHTC.device.type == "cpu" and torch.is_grad_enabled() and k_BGSC.shape[2] <= _SHORT:
+        return _matmul_attention(q_BHTC, k_BGSC, v_BGSC, mask)
     grouped = q_BHTC.shape[1] != k_BGSC.shape[1]
     return F.scaled_dot_product_attention(
         q_BHTC, k_BGSC, v_BGSC, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
     )
+
+
+def _matmul_attention(q_BHTC: Tensor, k_BGSC: Tensor, v_BGSC: Tensor, mask: Tensor | None) -> Tensor:
+    """The same by batched matmuls, scores kept for the backward: for short training sequences on a CPU."""
+    (batch, heads, queries, width), (groups, keys) = q_BHTC.shape, k_BGSC.shape[1:3]
+    if mask is None:
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=q_BHTC.device).tril()
+    # The query heads of a group stand below one another, so that a group's keys are multiplied once.
+    q = q_BHTC.reshape(batch * groups, heads // groups * queries, width)
+    k, v = k_BGSC.reshape(batch * groups, keys, width), v_BGSC.reshape(batch * groups, keys, width)
+    bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, float("-inf"))
+    scores = torch.bmm(q, k.transpose(1, 2)).view(batch, heads, queries, keys)
+    probs = (scores * width**-0.5 + bias).softmax(-1)
+    return torch.bmm(probs.view(batch * groups, -1, keys), v).view(batch, heads, queries, width)
 
 
 def reference_attention(q_BHTC: Tensor, k_BGSC: Tensor, v_BGSC: Tensor, mask: Tensor | None) -> Tensor:

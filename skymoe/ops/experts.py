@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from skymoe.ops.precision import matmul_dtype
+
 
 class ExpertsBackend(StrEnum):
     """How the experts are multiplied."""
@@ -46,12 +48,6 @@ def expert_swiglu(
     rows = zip(x_RD.split(sizes), gate_up_EGD, down_EDF, strict=True)
     with torch.autocast(x_RD.device.type, enabled=False):
         return torch.cat([F.linear(swiglu(F.linear(x, gate_up)), down) for x, gate_up, down in rows])
-
-
-def matmul_dtype(x: Tensor) -> torch.dtype:
-    """What a matmul of `x` computes in: autocast's dtype where autocast is on (it does not know grouped_mm)."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def can_group(dtype: torch.dtype, *widths: int) -> bool:

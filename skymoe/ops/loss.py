@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from skymoe.ops.experts import matmul_dtype
+from skymoe.ops.precision import matmul_dtype, wide_dtype
 
 IGNORED = -100  # a target that is not scored
 _CHUNK_LOGITS = 1 << 21  # elements of fp32 logits held at a time: 8 MiB, within a last-level cache
@@ -30,7 +30,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden_ND.shape[0], chunk):
             rows = slice(start, start + chunk)
             hidden, targets = hidden_ND[rows].to(dtype), targets_N[rows]
-            log_probs = F.log_softmax((hidden @ weight.t()).to(_wide(dtype)), dim=-1)
+            log_probs = F.log_softmax((hidden @ weight.t()).to(wide_dtype(dtype)), dim=-1)
             scored = targets != IGNORED
             index = targets.clamp_min(0)[:, None]
             loss -= (log_probs.gather(1, index)[:, 0] * scored).sum()
@@ -42,17 +42,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_weight += grad.t() @ hidden
         if want_gradient:
             ctx.save_for_backward(grad_hidden, grad_weight)
-        return loss.to(_wide(dtype))
+        return loss.to(wide_dtype(dtype))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         return grad_hidden * grad_loss, grad_weight * grad_loss, None, None
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 def linear_cross_entropy(hidden: Tensor, head_weight_VD: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

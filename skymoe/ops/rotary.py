@@ -81,14 +81,34 @@ def _yarn_attention_factor(rope: RopeSpec) -> float:
 
 
 def rotary_tables(frequencies: Tensor, factor: float, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin for these positions, each (B, 1, T, C) fp32, ready to multiply (B, H, T, C)."""
+    """cos and sin for these positions, each (B, 1, T, C/2) fp32, ready for the halves of (B, H, T, C)."""
     angles = positions_BT[:, None, :, None].float() * frequencies
-    angles = torch.cat((angles, angles), dim=-1)
     return angles.cos() * factor, angles.sin() * factor
+
+
+class _Rotate(torch.autograd.Function):
+    """A rotation by each angle; its backward is the rotation by the opposite angle."""
+
+    @staticmethod
+    def forward(ctx, x_BHTC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x_BHTC, cos, sin)
+
+    @staticmethod
+    def backward(ctx, grad_BHTC: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotate(grad_BHTC, cos, -sin), None, None
+
+
+def _rotate(x_BHTC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x_BHTC.to(torch.promote_types(x_BHTC.dtype, cos.dtype)).chunk(2, dim=-1)
+    out = torch.empty_like(x_BHTC)
+    out_first, out_second = out.chunk(2, dim=-1)
+    out_first.copy_((first * cos).addcmul_(second, sin, value=-1))
+    out_second.copy_((second * cos).addcmul_(first, sin))
+    return out
 
 
 def apply_rotary(x_BHTC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate each pair of channels (c, c + C/2) by its angle; computed in fp32 or wider, returned in `x.dtype`."""
-    first, second = x_BHTC.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return (x_BHTC * cos + turned * sin).to(x_BHTC.dtype)
+    return _Rotate.apply(x_BHTC, cos, sin)
