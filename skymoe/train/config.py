@@ -1,7 +1,7 @@
 """What the user asks of `skymoe train`: one recipe, one section per part of the program.
 
-Each part receives only its own section. Nothing here is decided or derived: a recipe says what was asked, and the copy in
-the run directory says it in full. See docs/training.md for the choices behind the defaults.
+Each part receives only its own section. Nothing here is decided or derived: a recipe says what was asked, and the
+copy in the run directory says it in full. See docs/training.md for the choices behind the defaults.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ class BatchConfig(Config):
 
     Attributes:
         sequences: sequences per step (the global batch).
-        micro_sequences: sequences per forward and backward; None means all of them. It changes memory and speed, not the
-            gradients, except where `balance.scope` is `micro`.
+        micro_sequences: sequences per forward and backward; None means all of them. It changes memory and speed, not
+            the gradients, except where `balance.scope` is `micro`.
     """
 
     sequences: int = Field(default=8, ge=1)
@@ -101,7 +101,8 @@ class OptimizerConfig(Config):
         weight_decay: decoupled, on every matrix but the router's; never on norms and biases.
         router_lr_ratio: learning rate of the routers as a ratio. Under gate normalization the routers' scale has no
             effect, so their step relative to their norm is what counts.
-        router_weight_decay: 0, because decay only shrinks a scale-free weight and so raises its effective rate silently.
+        router_weight_decay: 0, because decay only shrinks a scale-free weight and so raises its effective rate,
+            silently.
         clip: largest gradient norm over all parameters; 0 does not clip.
     """
 
@@ -200,8 +201,8 @@ class CheckpointConfig(Config):
     Attributes:
         every: steps between saves; 0 saves only at the end and on a signal.
         keep: generations kept.
-        on_save_error: `warn` goes on training when a save fails (no space), the previous generation being whole; `abort`
-            stops.
+        on_save_error: `warn` goes on training when a save fails (no space), the previous generation being whole;
+            `abort` stops.
     """
 
     every: int = Field(default=500, ge=0)

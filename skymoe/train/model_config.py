@@ -1,4 +1,4 @@
-"""The `model` section of a training recipe: an existing directory, a preset, or a description from which to start afresh."""
+"""The `model` section of a training recipe: an existing directory, a preset, or a description to start afresh from."""
 
 from __future__ import annotations
 
@@ -76,7 +76,9 @@ class SpecConfig(Config):
         if self.ffn_size is None and dense_layers:
             raise ConfigError("model.spec.ffn_size is needed by the dense layers", where="model.spec")
         if self.head_dim is None and self.hidden_size % self.num_heads:
-            raise ConfigError("model.spec.head_dim is needed: num_heads does not divide hidden_size", where="model.spec")
+            raise ConfigError(
+                "model.spec.head_dim is needed: num_heads does not divide hidden_size", where="model.spec"
+            )
         return ModelSpec(
             **given,
             architecture=self.architecture or (Architecture.SKYMOE if self.moe else Architecture.LLAMA),

@@ -1,0 +1,91 @@
+"""The figures of a step as plain data: the `train` and `run` lines of metrics.jsonl, and what the progress bar shows.
+
+Gate statistics (sharpness, entropy, load) are computed here and only on log steps, over the last micro-batch of the
+step; drop rate and alpha are those of the whole step.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from skymoe.ops.balance import router_metrics
+from skymoe.spec.flops import count_parameters
+from skymoe.train.job import Job
+from skymoe.train.metrics import SCHEMA
+from skymoe.train.objective import balance_value
+from skymoe.train.step import StepResult
+
+
+def run_line(job: Job) -> dict[str, Any]:
+    """The first line: what is trained, on what."""
+    config, spec, machine = job.config, job.state.model.spec, job.machine
+    count = count_parameters(spec)
+    return {
+        "kind": "run",
+        "schema": SCHEMA,
+        "parent": None if config.model.path is None else str(config.model.path),
+        "seed": config.run.seed,
+        "steps": config.steps,
+        "tokens_per_step": config.batch.sequences * config.data.sequence_length,
+        "sequence_length": config.data.sequence_length,
+        "parameters": count.total,
+        "active_parameters": count.active,
+        "moe_layers": list(spec.moe_layer_ids),
+        "experts": spec.moe.num_experts if spec.moe else 0,
+        "top_k": spec.moe.top_k if spec.moe else 0,
+        "gate_norm": bool(spec.moe and spec.moe.gate_norm),
+        "flops_per_token": machine.flops_causal,
+        "flops_per_token_full": machine.flops_full,
+        "peak_flops": machine.peak_flops,
+        "peak_source": machine.peak_source,
+        "compute": str(config.precision.compute),
+        "data_fingerprint": job.mixture.fingerprint,
+    }
+
+
+def train_line(job: Job, result: StepResult, lr: float) -> dict[str, Any]:
+    """Means since the last line, and the gate as it is now."""
+    counters = job.state.counters
+    window = counters.window
+    tokens_per_s = window.tokens / max(window.seconds, 1e-9)
+    mfu_causal, mfu_full = job.machine.utilisation(tokens_per_s)
+    moe = job.state.model.spec.moe
+    aux = balance_value(job.objective, result.alpha_L, result.sums.totals_L, moe.top_k) if moe else 0.0
+    line = {
+        "kind": "train",
+        "step": counters.step,
+        "tokens": counters.tokens,
+        "loss": window.loss / max(1, window.targets),
+        "aux_loss": aux,
+        "z_loss": float(result.sums.z),
+        "lr": lr,
+        "grad_norm": result.grad_norm,
+        "tokens_per_s": tokens_per_s,
+        "mfu_causal": mfu_causal,
+        "mfu_full": mfu_full,
+        "flops": counters.flops,
+        "seconds": counters.seconds,
+    }
+    return {**line, "layers": layer_figures(result)} if moe else line
+
+
+def layer_figures(result: StepResult) -> dict[str, list[float]]:
+    """One list per figure, one entry per MoE layer."""
+    valid_T = result.sums.last.valid_T
+    figures = [router_metrics(routing, valid_T)._asdict() for routing in result.sums.routings]
+    lists = {name: [layer[name] for layer in figures] for name in figures[0]} if figures else {}
+    return {"drop_rate": result.drop_rate_L, "alpha": result.alpha_L, **lists}
+
+
+def progress_fields(line: dict[str, Any]) -> dict[str, object]:
+    """What a person wants to see while it runs."""
+    fields: dict[str, object] = {"loss": line["loss"], "tok/s": int(line["tokens_per_s"])}
+    fields["MFU"] = f"{line['mfu_causal']:.1%} causal {line['mfu_full']:.1%} full"
+    if drops := line.get("layers", {}).get("drop_rate"):
+        fields["drop"] = f"{sum(drops) / len(drops):.1%}"
+    return fields
+
+
+def event_fields(result: StepResult) -> dict[str, Any]:
+    """Why a step was refused."""
+    return {"reason": result.verdict.reason, "loss": result.loss, "grad_norm": result.grad_norm}

@@ -1,0 +1,151 @@
+"""The loop: read -> step -> log -> evaluate -> save, until the last step or a signal.
+
+The order matters for resuming. Metrics are pushed to the disk and evaluation is done *before* the generation of the
+same step is published: so a run killed anywhere goes on from a generation whose past is complete, and does again
+only what comes after.
+"""
+
+from __future__ import annotations
+
+import time
+
+from skymoe.base.errors import CheckpointError, MachineError
+from skymoe.base.log import logger
+from skymoe.base.progress import Progress, progress
+from skymoe.train.batches import StepBatch, read_step
+from skymoe.train.evaluate import evaluate
+from skymoe.train.guard import Action, stop_reason
+from skymoe.train.job import Job
+from skymoe.train.lines import event_fields, progress_fields, train_line
+from skymoe.train.schedule import learning_rate
+from skymoe.train.signals import StopRequest
+from skymoe.train.state import Window, restore_state, save_state
+from skymoe.train.step import StepResult, train_step
+from skymoe.weights.generation import latest_generation
+
+
+def train(job: Job, stop: StopRequest) -> None:
+    """Take all steps that are left, or as many as there are before a stop is asked for."""
+    config, state = job.config, job.state
+    if state.counters.step == 0:
+        _before_the_first_step(job)
+    left = config.steps - state.counters.step
+    saved_step = state.counters.step
+    with progress("train", total=left, unit="step") as bar:
+        while state.counters.step < config.steps and not stop:
+            _settle(job, _take_step(job), bar)
+            saved_step = _do_what_is_due(job) or saved_step
+    if state.counters.step != saved_step:  # a signal, between two saves
+        save(job)
+
+
+def save(job: Job) -> None:
+    """Publish a generation. A failure is a warning or the end of the run, as the recipe says; older ones stay whole."""
+    job.metrics.flush()
+    try:
+        save_state(job.state, job.checkpoints, identity=job.identity, keep=job.config.checkpoint.keep)
+    except (MachineError, OSError) as error:
+        if job.config.checkpoint.on_save_error == "abort":
+            raise
+        logger.warning("the checkpoint of step %d was not saved, training goes on: %s", job.state.counters.step, error)
+        job.event("save_failed", error=str(error))
+        return
+    job.state.guard.rollbacks = 0
+
+
+def _before_the_first_step(job: Job) -> None:
+    guard = job.config.guard
+    if job.held.domains and job.config.evaluate.at_start:
+        _evaluate(job)
+    if Action.ROLLBACK in (guard.non_finite, guard.spike):
+        save(job)  # something to roll back to
+
+
+def _take_step(job: Job) -> tuple[StepBatch, StepResult, float]:
+    config, counters = job.config, job.state.counters
+    start = time.perf_counter()
+    batch = read_step(
+        job.mixture,
+        counters.next_sample,
+        config.batch.sequences,
+        micro_sequences=config.batch.micro_sequences or config.batch.sequences,
+        device=job.device,
+    )
+    lr = learning_rate(counters.step, config.steps, lr=config.optimizer.lr, schedule=config.schedule)
+    result = train_step(job.state, batch, lr=lr, objective=job.objective, balance=config.balance)
+    seconds = time.perf_counter() - start
+    counters.step += 1
+    counters.next_sample += batch.num_samples
+    counters.seconds += seconds
+    counters.window.seconds += seconds
+    return batch, result, lr
+
+
+def _settle(job: Job, taken: tuple[StepBatch, StepResult, float], bar: Progress) -> None:
+    """Count an accepted step and log it when its turn has come; skip, roll back or raise otherwise."""
+    batch, result, lr = taken
+    counters, config = job.state.counters, job.config
+    if result.verdict.action is not Action.ACCEPT:
+        _refuse(job, result, bar)
+        return
+    counters.tokens += batch.num_tokens
+    counters.flops += batch.num_tokens * job.machine.flops_causal
+    window = counters.window
+    window.loss, window.targets = window.loss + result.loss, window.targets + batch.num_targets
+    window.tokens += batch.num_tokens
+    if counters.step % config.log.every and counters.step < config.steps:
+        bar.advance()
+        return
+    line = train_line(job, result, lr)
+    job.record(line)
+    counters.window = Window()
+    bar.advance(**progress_fields(line))
+
+
+def _refuse(job: Job, result: StepResult, bar: Progress) -> None:
+    counters, verdict = job.state.counters, result.verdict
+    logger.warning("step %d: %s: %s", counters.step, verdict.action, verdict.reason)
+    match verdict.action:
+        case Action.SKIP:
+            job.event("skip", **event_fields(result))
+            bar.advance()
+        case Action.ROLLBACK:
+            bar.advance(_roll_back(job, result))
+        case _:
+            job.event("stop", **event_fields(result))
+            job.metrics.flush()
+            raise stop_reason(verdict, counters.step)
+
+
+def _roll_back(job: Job, result: StepResult) -> int:
+    """Return to the last generation, past the data of the bad step. Returns the steps done, less those undone."""
+    state, bad = job.state, job.state.counters
+    generation = latest_generation(job.checkpoints)
+    if generation is None:
+        raise CheckpointError("there is no whole generation to roll back to", where=job.checkpoints)
+    guard = state.guard.state()
+    restore_state(state, generation)
+    state.guard.restore({**guard, "losses": state.guard.state()["losses"]})
+    state.counters.next_sample, state.counters.seconds = bad.next_sample, bad.seconds
+    job.metrics.truncate_after(state.counters.step)
+    job.event("rollback", from_step=bad.step, next_sample=bad.next_sample, **event_fields(result))
+    return state.counters.step - bad.step + 1
+
+
+def _do_what_is_due(job: Job) -> int | None:
+    """Evaluate and save when their turn has come. Returns the step if it was time to save."""
+    step, config = job.state.counters.step, job.config
+    finished = step >= config.steps
+    if job.held.domains and (finished or (config.evaluate.every and step % config.evaluate.every == 0)):
+        _evaluate(job)
+    if finished or (config.checkpoint.every and step % config.checkpoint.every == 0):
+        save(job)
+        return step
+    return None
+
+
+def _evaluate(job: Job) -> None:
+    counters = job.state.counters
+    figures = evaluate(job.state.model, job.held, compute=job.objective.compute, device=job.device)
+    job.state.evaluation = figures
+    job.record({"kind": "eval", "step": counters.step, "tokens": counters.tokens, "flops": counters.flops, **figures})

@@ -1,0 +1,69 @@
+"""torch's process-wide switches for the time of a run, and the lock on the run directory."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from skymoe.base.errors import ConfigError, MachineError
+from skymoe.base.files import machine_errors
+from skymoe.train.config import TrainConfig
+
+
+@contextmanager
+def torch_settings(config: TrainConfig) -> Iterator[torch.device]:
+    """Threads and deterministic kernels inside the block; yields the device.
+
+    Deterministic mode would also fill every new tensor with NaN to expose reads of uninitialised memory: a debugging
+    aid that costs a pass over memory, so it is off here.
+    """
+    device = _device(config.run.device)
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS is not deterministic
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    torch.use_deterministic_algorithms(config.run.deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield device
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@contextmanager
+def run_directory(directory: Path) -> Iterator[None]:
+    """Create the run directory and hold it: a second process on it is refused. The lock dies with the process."""
+    with machine_errors(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise MachineError(
+                "another process is training in this directory", where=directory, hint="choose another run.dir"
+            ) from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"unknown device {name!r}", where="run.device", hint="cpu or cuda") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"training runs on cpu and cuda, not on {device.type}", where="run.device")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise MachineError("there is no usable CUDA device here", where="run.device", hint="run.device=cpu")
+    return device
