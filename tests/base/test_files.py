@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import shutil
+from pathlib import Path
+
+import pytest
+
+from skymoe.base import files
+from skymoe.base.errors import ConfigError, MachineError
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_write_atomic_replaces_whole(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    files.write_atomic(path, b"old")
+    files.write_atomic(path, b"new content")
+    assert path.read_bytes() == b"new content"
+    assert names(tmp_path) == ["a.json"]
+    assert files.sha256_file(path) == "fe32608c9ef5b6cf7e3f946480253ff76f24f4ec0678f3d0f07f9844cbff9601"
+
+
+def test_a_failed_write_keeps_the_old_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.json"
+    files.write_atomic(path, b"old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(MachineError, match="No space left") as caught:
+        files.write_atomic(path, b"new")
+    assert caught.value.exit_code == 3
+    assert (path.read_bytes(), names(tmp_path)) == (b"old", ["a.json"])
+
+
+def test_a_real_limit_on_file_size(tmp_path: Path) -> None:
+    """The kernel itself refuses (EFBIG): the file is not there afterwards."""
+    pid = os.fork()
+    if pid == 0:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        try:
+            files.write_atomic(tmp_path / "big", b"x" * 5000)
+        except BaseException:
+            os._exit(7)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+    assert names(tmp_path) == []
+
+
+def test_staging_appears_whole(tmp_path: Path) -> None:
+    final = tmp_path / "deep" / "model"
+    with files.staging_directory(final) as staging:
+        (staging / "sub").mkdir()
+        (staging / "sub" / "w").write_bytes(b"1")
+        assert not final.exists()
+        assert staging.parent == final.parent
+        assert staging.name.startswith(".")
+    assert (final / "sub" / "w").read_bytes() == b"1"
+    assert names(final.parent) == ["model"]
+
+
+def test_staging_vanishes_on_any_error(tmp_path: Path) -> None:
+    for error in (RuntimeError, KeyboardInterrupt, SystemExit):
+        with pytest.raises(error), files.staging_directory(tmp_path / "model") as staging:
+            (staging / "w").write_bytes(b"1")
+            raise error
+    assert names(tmp_path) == []
+
+
+def test_staging_refuses_what_exists(tmp_path: Path) -> None:
+    final = tmp_path / "model"
+    final.mkdir()
+    with files.staging_directory(final) as staging:  # empty: nothing is lost
+        (staging / "w").write_bytes(b"1")
+    with pytest.raises(ConfigError, match="not empty"), files.staging_directory(final):
+        pytest.fail("the block must not run")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="not a directory"), files.staging_directory(tmp_path / "file", overwrite=True):
+        pytest.fail("the block must not run")
+    (tmp_path / "link").symlink_to(final)
+    with pytest.raises(ConfigError, match="not a directory"), files.staging_directory(tmp_path / "link", overwrite=True):
+        pytest.fail("the block must not run")
+    assert names(tmp_path) == ["file", "link", "model"]
+
+
+def test_overwrite_replaces_all_or_nothing(tmp_path: Path) -> None:
+    final = tmp_path / "model"
+    for content in ("1", "2"):
+        with files.staging_directory(final, overwrite=True) as staging:
+            (staging / content).write_text(content)
+    assert (names(final), names(tmp_path)) == (["2"], ["model"])
+    with pytest.raises(RuntimeError), files.staging_directory(final, overwrite=True):
+        raise RuntimeError
+    assert (names(final), names(tmp_path)) == (["2"], ["model"])
+
+
+def test_a_failed_publication_puts_the_old_directory_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    final = tmp_path / "model"
+    final.mkdir()
+    (final / "old").write_text("")
+    rename = os.rename
+
+    def refuse_staging(source: Path, target: Path) -> None:
+        if ".tmp-" in Path(source).name:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", refuse_staging)
+    with pytest.raises(MachineError), files.staging_directory(final, overwrite=True) as staging:
+        (staging / "new").write_text("")
+    assert (names(final), names(tmp_path)) == (["old"], ["model"])
+
+
+def test_free_space(tmp_path: Path) -> None:
+    files.ensure_free_space(tmp_path / "not" / "yet", 1)
+    with pytest.raises(MachineError, match="not enough space"):
+        files.ensure_free_space(tmp_path / "not" / "yet", shutil.disk_usage(tmp_path).total * 2)
+
+
+def test_only_refusals_of_the_machine_are_translated() -> None:
+    with pytest.raises(FileNotFoundError), files.machine_errors("here"):
+        raise FileNotFoundError(errno.ENOENT, "gone")
+    with pytest.raises(MachineError, match="here: .*denied"), files.machine_errors("here"):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import io
+import logging
+import sys
+
+import pytest
+
+from skymoe.base import progress as module
+from skymoe.base.log import logger, setup_logging
+from skymoe.base.progress import progress
+
+
+@pytest.fixture(autouse=True)
+def restore_logger():
+    state = logger.handlers[:], logger.level, logger.propagate
+    yield
+    logger.handlers[:], logger.level, logger.propagate = state
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_plain_lines_on_standard_error(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    setup_logging()
+    monkeypatch.setattr(module, "_SECONDS_BETWEEN_LINES", 0.0)
+    with progress("train", total=3, unit="step") as bar:
+        bar.advance(loss=3.14159, phase="[warm]")
+        bar.advance(2)
+    out, err = capsys.readouterr()
+    lines = err.splitlines()
+    assert out == ""
+    assert len(lines) == 3
+    assert lines[0].startswith("train: 1/3 step, 0 s, 0 s left, loss 3.142  phase [warm]")
+    assert lines[-1] == "train: 3/3 step, 0 s, loss 3.142  phase [warm]"
+
+
+def test_few_lines_and_one_at_the_end(capsys: pytest.CaptureFixture[str]) -> None:
+    setup_logging()
+    with progress("read", total=None, unit="MB") as bar:
+        for _ in range(1000):
+            bar.advance(0.5)
+    assert capsys.readouterr().err == "read: 500 MB, 0 s\n"
+
+
+def test_quiet_and_unasked_programs_see_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    setup_logging(-1)
+    with progress("a", total=1) as bar:
+        bar.advance(loss=1.0)
+        bar.status(loss=2.0)
+    logger.setLevel(logging.NOTSET)
+    with progress("a", total=1) as bar:
+        bar.advance()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_terminal_gets_a_bar_and_log_lines_stay_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "140")
+    setup_logging()
+    with progress("outer [1]", total=2) as outer, progress("inner", total=None) as inner:
+        inner.advance(5, loss=0.25)
+        logger.info("a line of the log")
+        outer.advance()
+    shown = terminal.getvalue()
+    assert "outer [1]" in shown
+    assert "1/2" in shown
+    assert "loss 0.25" in shown
+    assert any(line.strip().endswith("a line of the log") for line in shown.splitlines())
+
+
+def test_an_error_passes_through() -> None:
+    with pytest.raises(ZeroDivisionError), progress("a", total=1):
+        raise ZeroDivisionError
