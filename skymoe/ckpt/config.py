@@ -33,7 +33,17 @@ class DiffConfig(Config):
     Attributes:
         left: a generation, a run directory or `checkpoints` folder (its newest generation), or a model directory.
         right: the same.
+        circumstances: keys of JSON documents that may differ between equal states, as shell patterns. Clocks, the
+            recipe (which names the run directory) and the machine are not state; everything else is.
     """
 
     left: Path
     right: Path
+    circumstances: tuple[str, ...] = (
+        "*.seconds",
+        "recipe",
+        "torch",
+        "threads",
+        "transformers_version",
+        "_name_or_path",
+    )

@@ -95,7 +95,7 @@ class Difference:
         name: `file:tensor`, or `file:key.path` of a document.
         what: "only left", "only right", "dtype", "shape", "bits" or "value".
         detail: the two sides in words.
-        max_abs: largest absolute difference of a numeric tensor; None when there is none (NaN on one side counts as inf).
+        max_abs: largest absolute difference of numbers (NaN against a number is infinite), else None.
         num_elements: how many elements differ in their bits.
     """
 
@@ -114,7 +114,8 @@ class DiffReport:
         left, right: the directories that were compared.
         num_tensors: tensors present on both sides.
         num_bytes: bytes compared.
-        differences: everything that differs, in order of name.
+        differences: everything that differs in the state.
+        circumstances: what differs and is no part of the state (`DiffConfig.circumstances`).
     """
 
     left: str
@@ -122,6 +123,7 @@ class DiffReport:
     num_tensors: int
     num_bytes: int
     differences: tuple[Difference, ...]
+    circumstances: tuple[Difference, ...] = ()
     schema: int = 1
 
     @property

@@ -1,0 +1,151 @@
+"""Two states, tensor by tensor and document by document, in constant memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from skymoe.base.errors import CheckpointError, ConfigError
+from skymoe.base.strict_json import read_json_object
+from skymoe.ckpt.places import find_newest, is_generation, is_model
+from skymoe.ckpt.result import Difference
+from skymoe.ckpt.values import count_different, max_abs_difference
+from skymoe.weights.header import TensorFile
+from skymoe.weights.index import ModelFiles
+from skymoe.weights.verify import check_files
+
+_MISSING = object()
+_MAX_CONFIG_BYTES = 10_000_000
+
+
+@dataclass(frozen=True)
+class Side:
+    """One state, open for reading.
+
+    Attributes:
+        path: the directory it is in.
+        tensors: `file:tensor` (in a model just the tensor) -> (file, name in it).
+        documents: file name -> content.
+    """
+
+    path: Path
+    tensors: Mapping[str, tuple[TensorFile, str]]
+    documents: Mapping[str, Any]
+
+
+def open_sides(left: Path, right: Path, stack: ExitStack) -> tuple[Side, Side]:
+    """Both states; the files are closed by `stack`.
+
+    Raises:
+        ConfigError: one is a model and the other a checkpoint.
+        CheckpointError, FormatError: there is nothing to compare, or it is broken.
+    """
+    kinds = [is_model(path) and not is_generation(path) for path in (left, right)]
+    if kinds[0] != kinds[1]:
+        model, other = (left, right) if kinds[0] else (right, left)
+        why = "their tensors have other names"
+        raise ConfigError(f"{model} is a model and {other} a checkpoint", why=why, hint="compare like with like")
+    opener = _open_model if kinds[0] else _open_generation
+    return opener(left, stack), opener(right, stack)
+
+
+def _open_model(path: Path, stack: ExitStack) -> Side:
+    files = stack.enter_context(ModelFiles(path))
+    config = path / "config.json"
+    documents = {"config.json": read_json_object(config, max_bytes=_MAX_CONFIG_BYTES)} if config.exists() else {}
+    return Side(path, {name: (file, name) for name, file in files.shards.items()}, documents)
+
+
+def _open_generation(path: Path, stack: ExitStack) -> Side:
+    one = find_newest(path)
+    problems = list(one.problems) or check_files(one)
+    if problems or one.manifest is None:
+        raise CheckpointError(f"cannot be compared: {problems[0]}", where=one.path, hint=f"skymoe ckpt verify {path}")
+    tensors: dict[str, tuple[TensorFile, str]] = {}
+    documents = {}
+    for name in sorted(one.manifest.files):
+        if name.endswith(".json"):
+            documents[name] = _read_document(one.path / name)
+        else:
+            file = stack.enter_context(TensorFile(one.path / name))
+            tensors |= {f"{name}:{tensor}": (file, tensor) for tensor in file.header.tensors}
+    return Side(one.path, tensors, documents)
+
+
+def _read_document(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())  # ours, so NaN may be in it
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError("damaged: this is not JSON", where=path) from error
+
+
+def compare_tensors(left: Side, right: Side) -> Iterator[Difference]:
+    """What differs among the tensors, in order of name."""
+    for name in sorted(left.tensors.keys() | right.tensors.keys()):
+        if name not in right.tensors:
+            yield Difference(name, "only left")
+        elif name not in left.tensors:
+            yield Difference(name, "only right")
+        else:
+            yield from _compare_tensor(name, *left.tensors[name], *right.tensors[name])
+
+
+def _compare_tensor(
+    name: str, left: TensorFile, left_name: str, right: TensorFile, right_name: str
+) -> Iterator[Difference]:
+    a, b = left.header.tensors[left_name], right.header.tensors[right_name]
+    if a.dtype != b.dtype:
+        yield Difference(name, "dtype", f"{a.dtype} / {b.dtype}")
+    if a.shape != b.shape:
+        yield Difference(name, "shape", f"{list(a.shape)} / {list(b.shape)}")
+    if a != b:
+        return
+    num_different, max_abs = 0, 0.0
+    for one, other in zip(left.chunks(left_name), right.chunks(right_name), strict=True):
+        if found := count_different(one, other, a.dtype):
+            num_different += found
+            max_abs = max(max_abs, max_abs_difference(one, other, a.dtype))
+    if num_different:
+        yield Difference(name, "bits", f"{num_different} of {a.num_elements} elements", max_abs, num_different)
+
+
+def compare_documents(left: Side, right: Side) -> Iterator[Difference]:
+    """What differs among the JSON documents, down to the key."""
+    for name in sorted(left.documents.keys() | right.documents.keys()):
+        one, other = left.documents.get(name, _MISSING), right.documents.get(name, _MISSING)
+        yield from _compare_values(f"{name}:", one, other)
+
+
+def is_circumstance(difference: Difference, patterns: tuple[str, ...]) -> bool:
+    """Whether it is one of the things that may differ between equal states: a clock, a path."""
+    key = difference.name.partition(":")[2]
+    return any(fnmatchcase(key, pattern) or fnmatchcase(key, f"{pattern}.*") for pattern in patterns)
+
+
+def _compare_values(path: str, one: Any, other: Any) -> Iterator[Difference]:
+    if isinstance(one, dict) and isinstance(other, dict):
+        for key in sorted(one.keys() | other.keys()):
+            below = path + key if path.endswith(":") else f"{path}.{key}"
+            yield from _compare_values(below, one.get(key, _MISSING), other.get(key, _MISSING))
+    elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        for index, (a, b) in enumerate(zip(one, other, strict=True)):
+            yield from _compare_values(f"{path}[{index}]", a, b)
+    elif one is _MISSING or other is _MISSING:
+        yield Difference(path, "only right" if one is _MISSING else "only left")
+    elif type(one) is not type(other) or repr(one) != repr(other):  # repr tells -0.0 from 0.0, and NaN equals itself
+        yield Difference(path, "value", f"{_short(one)} / {_short(other)}", _distance(one, other))
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _distance(one: Any, other: Any) -> float | None:
+    numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in (one, other))
+    return abs(float(one) - float(other)) if numbers else None
