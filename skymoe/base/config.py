@@ -70,13 +70,16 @@ def read_config(
     return _validate(cls, document, str(path or COMMAND_LINE))
 
 
-def check_config(cls: type[C], data: Mapping[str, Any], where: str = COMMAND_LINE) -> C:
-    """The config in plain `data` that stands at `where`. Neither files nor the environment take part.
+def check_config(cls: type[C], options: Mapping[str, Any], overrides: Sequence[str] = ()) -> C:
+    """The config that command-line options and `key=value` give together. Neither files nor the environment take part.
 
     Raises:
         ConfigError: as `read_config`.
     """
-    return _validate(cls, Document(dict(data), {(): where}), where)
+    document = Document(dict(options), {(): COMMAND_LINE})
+    for text in overrides:
+        document = _override(document, text, COMMAND_LINE)
+    return _validate(cls, document, COMMAND_LINE)
 
 
 def dump_config(config: Config) -> str:

@@ -26,6 +26,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON."
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show warnings only.", callback=_quiet)]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show details.", callback=_verbose)]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Change single keys.")]
+Extra = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other key of the Config.")]
 Seed = Annotated[int | None, typer.Option(help="The same seed gives the same result.")]
 
 

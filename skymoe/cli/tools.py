@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from skymoe.cli.options import AsJson, Overrides, Quiet, Seed, Verbose, given
+from skymoe.cli.options import AsJson, Extra, Overrides, Quiet, Seed, Verbose, given
 
 if TYPE_CHECKING:
     from skymoe.ckpt.result import DiffReport, LsReport, VerifyReport
@@ -31,13 +31,13 @@ def data_build(
     vocab_size: Annotated[int | None, typer.Option(help="Size of the trained vocabulary.")] = None,
     validation_share: Annotated[float | None, typer.Option(help="Share of the documents held out.")] = None,
     seed: Seed = None,
-    extra: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other key.")] = None,
+    extra: Extra = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Make a tokenizer and token files from text."""
-    from skymoe.base.config import read_config
+    from skymoe.base.config import check_config
     from skymoe.cli.console import print_json, print_report
     from skymoe.data.config import BuildConfig
     from skymoe.data.run import run
@@ -46,7 +46,7 @@ def data_build(
         inputs=inputs, out=out, name=name, overwrite=overwrite, format=format, text_key=text_key, tokenizer=tokenizer,
         vocab_size=vocab_size, validation_share=validation_share, seed=seed,
     )  # fmt: skip
-    result = run(read_config(BuildConfig, None, extra or (), defaults=options))
+    result = run(check_config(BuildConfig, options, extra or ()))
     print_json(result) if as_json else print_report(result)
 
 
