@@ -20,7 +20,7 @@ from skymoe.report.series import Floats, Points, bits_per_byte, mean, points, sm
 AXES = {"tokens": "training tokens", "flops": "training compute (FLOPs)"}
 _DENSE = ("dense", "dense2", "dense3")
 _MOE = ("moe", "run2", "run3", "run4", "run5", "run6", "run7")
-_RAMP = ((0x3B, 0x5B, 0xDB), (0x0C, 0x97, 0x8F), (0xF0, 0x8C, 0x00))
+_RAMP = ((0x4C, 0x6E, 0xF5), (0x0C, 0x97, 0x8F), (0xF0, 0x8C, 0x00))
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class Chart:
         axes: "tokens" and "flops"; with two of them the reader switches.
         lines: the curves, drawn in order.
         y_title, y_format: the vertical axis; d3 format of its numbers.
+        from_zero: the vertical axis includes 0.
         heat: a heat map in place of lines, see `load_heat`.
     """
 
@@ -60,6 +61,7 @@ class Chart:
     lines: tuple[Line, ...] = ()
     y_title: str = ""
     y_format: str = ".3~f"
+    from_zero: bool = False
     height: int = 320
     heat: dict[str, Any] = field(default_factory=dict)
 
@@ -103,7 +105,7 @@ def bits_chart(runs: Sequence[Run], parent: Run | None, colors: dict[str, str]) 
     if start is not None:
         ends = [max((x for line in lines for x in line.xs[axis] if x is not None), default=1.0) for axis in (0, 1)]
         spans: tuple[Points, ...] = tuple([0.0, end] for end in ends)
-        lines.insert(0, Line("dense parent, before", spans, [start, start], "muted", width=1.5, dash="dot"))
+        lines.insert(0, Line("dense parent", spans, [start, start], "muted", width=1.5, dash="dot"))
     caption = "Held-out text, never trained on. Lower is better. Both curves start from the same parent."
     return Chart(
         "bits", "Bits per byte on held-out text", caption, tuple(AXES), tuple(lines), "bits per byte", height=360
@@ -128,7 +130,7 @@ def loss_chart(runs: Sequence[Run], colors: dict[str, str], max_points: int) -> 
 
 def layer_chart(
     runs: Sequence[Run], column: str, *, colors: dict[str, str], max_points: int, title: str, caption: str,
-    y_format: str = ".3~f", y_title: str = "", steady: bool = False,
+    y_format: str = ".3~f", y_title: str = "", steady: bool = False, from_zero: bool = False,
 ) -> Chart | None:  # fmt: skip
     """A router figure over time: every layer of one MoE run, or the mean over layers of each of several runs.
 
@@ -145,7 +147,7 @@ def layer_chart(
         lines += _layer_lines(run, value_SN[keep], points(run.train["tokens"][keep]), colors, alone=len(runs) == 1)
     if not lines:
         return None
-    return Chart(f"layer-{column}", title, caption, ("tokens",), tuple(lines), y_title, y_format, height=300)
+    return Chart(f"layer-{column}", title, caption, ("tokens",), tuple(lines), y_title, y_format, from_zero, height=300)
 
 
 def similarity_chart(runs: Sequence[Run], colors: dict[str, str]) -> Chart | None:
@@ -179,7 +181,9 @@ def speed_chart(runs: Sequence[Run], colors: dict[str, str], max_points: int) ->
     )
     title = "Training speed"
     return (
-        Chart("speed", title, caption, ("tokens",), tuple(lines), "tokens per second", ".3~s", 280) if lines else None
+        Chart("speed", title, caption, ("tokens",), tuple(lines), "tokens per second", ".3~s", True, 280)
+        if lines
+        else None
     )
 
 

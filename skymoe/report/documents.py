@@ -15,6 +15,7 @@ from skymoe.report.html import Html, el, facts, join, table
 from skymoe.report.sections import Section, missing, swatch
 from skymoe.report.verdict import duration, scientific
 
+_NAMES = {"dense": "dense, continued", "moe": "MoE"}
 _MAX_ROWS = 400
 _MAX_DEPTH = 8
 
@@ -25,19 +26,15 @@ def receipt(material: Material) -> Section:
     if not data:
         note = "No upcycling receipt was found beside these runs."
         return missing("receipt", "Upcycling receipt", note)
-    rows: list[tuple[str, str | Html]] = []
+    verdict = Html("")
     if isinstance(data.get("exact"), bool):
         verb = "computes the same function as" if data["exact"] else "does not compute exactly the function of"
-        rows.append(("verdict", el("strong", f"The new model {verb} its dense parent.")))
-    rows += [("why", str(data["reason"]))] if "reason" in data else []
-    rows += [
-        (words, scientific(data[key]))
-        for key, words in (("max_abs_dlogit", "largest change of a logit"), ("kl", "Kullback-Leibler divergence"))
-        if key in data
-    ]
-    shown = {"exact", "reason", "max_abs_dlogit", "kl"}
+        verdict = el("p", el("strong", f"The new model {verb} its dense parent. "), str(data.get("reason", "")))
+    names = {"max_abs_dlogit": "largest change of a logit", "kl": "Kullback-Leibler divergence"}
+    rows = [(words, scientific(data[key])) for key, words in names.items() if key in data]
+    shown = {"exact", "reason", *names}
     rows += [(key, _show(value)) for key, value in flatten({k: v for k, v in data.items() if k not in shown})]
-    return Section("receipt", "Upcycling receipt", el("div", facts(rows), class_="card"))
+    return Section("receipt", "Upcycling receipt", el("div", verdict, facts(rows), class_="card"))
 
 
 def samples(material: Material) -> Section:
@@ -47,7 +44,12 @@ def samples(material: Material) -> Section:
     cards = []
     for row in material.samples[:50]:
         texts = [
-            el("div", el("h4", name), el("p", el("b", row["prompt"]), text), class_=f"sample {_tone(name)}")
+            el(
+                "div",
+                el("h4", _NAMES.get(name, name)),
+                el("p", el("b", row["prompt"]), text),
+                class_=f"sample {_tone(name)}",
+            )
             for name, text in row.items()
             if name != "prompt"
         ]

@@ -75,9 +75,7 @@ def _cards(material: Material, comparison: Comparison | None) -> list[Html]:
     if tokens:
         cards.append(_card("Mixture of experts", fixed(tokens.moe), "bits per byte", tone="moe"))
         cards.append(_card("Dense, continued", fixed(tokens.dense), "bits per byte", tone="dense"))
-        cards.append(
-            _card("At equal tokens", percent(tokens.change), "bits per byte", tone=_tone(tokens.change))
-        )
+        cards.append(_card("At equal tokens", percent(tokens.change), "bits per byte", tone=_tone(tokens.change)))
     else:
         for run in material.runs[:3]:
             last, unit = bits_per_byte(run).last, "bits per byte"
@@ -122,7 +120,7 @@ def _notes(material: Material) -> Html:
 
 
 def _chart_data(chart: Chart) -> dict[str, Any]:
-    kept = ("id", "axes", "lines", "y_title", "y_format", "heat")
+    kept = ("id", "axes", "lines", "y_title", "y_format", "from_zero", "heat")
     return {name: value for name, value in asdict(chart).items() if name in kept}
 
 

@@ -62,8 +62,8 @@ def loss(material: Material, colors: dict[str, str], max_points: int) -> Section
 def balance(material: Material, colors: dict[str, str], max_points: int) -> Section:
     """Drop rate and auxiliary-loss coefficient per layer."""
     plots = (
-        _Plot("drop_rate", "Token drop rate", ".1%", "share of assignments above capacity",
-              "What would be dropped at the nominal capacity. Training itself may be dropless."),
+        _Plot("drop_rate", "Token drop rate", ".1~%", "share of assignments above capacity",
+              "What would be dropped at the nominal capacity. Training itself may be dropless.", from_zero=True),
         _Plot("alpha", "Coefficient α of the balance loss", ".3~f", "α",
               "Follows the drop rate of its own layer: less balancing where there is little to balance.", steady=True),
     )  # fmt: skip
@@ -90,7 +90,7 @@ def experts(material: Material, colors: dict[str, str], max_points: int) -> Sect
     if not moe:
         return missing("experts", "Experts", NO_MOE)
     spread = _Plot("load_cov", "Spread of the load", ".2f", "coefficient of variation",
-                   "Deviation of the experts' loads over their mean; 0 is perfectly even.")  # fmt: skip
+                   "Deviation of the experts' loads over their mean; 0 is perfectly even.", from_zero=True)  # fmt: skip
     found = [charts.similarity_chart(moe, colors), _draw(spread, moe, colors, max_points)]
     drawn = tuple(chart for chart in found if chart)
     heats = [(run, charts.load_heats(run)) for run in moe]
@@ -151,12 +151,13 @@ class _Plot:
     y_title: str
     caption: str
     steady: bool = False
+    from_zero: bool = False
 
 
 def _draw(plot: _Plot, runs: Sequence[Run], colors: dict[str, str], max_points: int) -> Chart | None:
     return charts.layer_chart(
         runs, plot.column, colors=colors, max_points=max_points, title=plot.title, caption=plot.caption,
-        y_format=plot.y_format, y_title=plot.y_title, steady=plot.steady,
+        y_format=plot.y_format, y_title=plot.y_title, steady=plot.steady, from_zero=plot.from_zero,
     )  # fmt: skip
 
 
@@ -194,7 +195,7 @@ def _columns(runs: Sequence[Run]) -> tuple[str, ...]:
 
 def _difference_rows(comparison: Comparison, columns: Sequence[str]) -> list[tuple[str | Html, ...]]:
     rows: list[tuple[str | Html, ...]] = []
-    for axis, words in (("tokens", "MoE at equal tokens"), ("flops", "MoE at equal compute")):
+    for axis, words in (("tokens", "at equal tokens"), ("flops", "at equal compute")):
         pairs = [pair(comparison.dense, comparison.moe, domain, axis) for domain in columns]
         if pairs[0]:
             rows.append((el("span", words, class_="difference"), *(_change(p.change if p else None) for p in pairs)))

@@ -82,22 +82,22 @@ def thin(length: int, max_points: int) -> NDArray[np.int64]:
 
 
 def smooth(value_S: Floats, span: float) -> Floats:
-    """Exponential moving average over about `span` points, unbiased at the start; NaNs are skipped and stay NaN.
+    """Mean over about `span` neighbouring points, centred (no lag), with a shorter window at the start.
 
-    Works along the first axis, on (S,) or (S, N).
+    NaNs take no part and stay NaN. Works along the first axis, on (S,) or (S, N).
     """
-    if span <= 1 or not len(value_S):
+    half = int(span // 2)
+    if half < 1 or not len(value_S):
         return value_S
-    keep = 1 - 1 / span
-    total, weight = np.zeros(value_S.shape[1:]), np.zeros(value_S.shape[1:])
-    result = np.empty_like(value_S)
-    for index, row in enumerate(value_S):
-        known = np.isfinite(row)
-        total = np.where(known, keep * total + np.where(known, row, 0.0), total)
-        weight = np.where(known, keep * weight + 1, weight)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            result[index] = np.where(known, total / weight, np.nan)
-    return result
+    known = np.isfinite(value_S)
+    zero = np.zeros((1, *value_S.shape[1:]))
+    total = np.concatenate([zero, np.where(known, value_S, 0.0).cumsum(0)])
+    count = np.concatenate([zero, known.cumsum(0)])
+    index = np.arange(len(value_S))
+    back = np.minimum(half, index)  # the steep start is not averaged with what follows; the flat end may look back
+    low, high = index - back, np.minimum(len(value_S), index + back + 1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(known, (total[high] - total[low]) / (count[high] - count[low]), np.nan)
 
 
 def points(values: Floats) -> Points:

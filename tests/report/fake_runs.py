@@ -142,7 +142,9 @@ def _layers(done: float, layers: int, rng: np.random.Generator) -> dict[str, lis
     return {
         "drop_rate": np.abs(drop).tolist(),
         "alpha": alpha.tolist(),
-        "max1_max2": (1.25 + (0.5 + 0.5 * depth) * (1 - np.exp(-4 * done)) + 0.03 * rng.standard_normal(layers)).tolist(),
+        "max1_max2": (
+            1.25 + (0.5 + 0.5 * depth) * (1 - np.exp(-4 * done)) + 0.03 * rng.standard_normal(layers)
+        ).tolist(),
         "max2_max3": (1.15 + 0.35 * depth * (1 - np.exp(-4 * done)) + 0.02 * rng.standard_normal(layers)).tolist(),
         "load_cov": (0.15 + 0.5 * np.exp(-6 * done) + 0.02 * rng.standard_normal(layers)).tolist(),
         "dead_experts": [0.0] * layers,

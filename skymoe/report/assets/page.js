@@ -46,13 +46,15 @@
     if (chart.lines.length === 0) {
       return {
         ...base, margin: { l: 8, r: 4, t: 4, b: 8 },
-        xaxis: { type: "category", title: { text: "expert", standoff: 4 }, automargin: true, showgrid: false, fixedrange: true },
-        yaxis: { type: "category", title: { text: "layer", standoff: 6 }, automargin: true, showgrid: false, autorange: "reversed", fixedrange: true },
+        xaxis: { type: "category", title: { text: "expert", standoff: 4 }, automargin: true, showgrid: false, ticks: "", fixedrange: true },
+        yaxis: { type: "category", title: { text: "layer", standoff: 6 }, automargin: true, showgrid: false, autorange: "reversed", ticks: "", fixedrange: true },
       };
     }
     const compute = chart.axes[axis] === "flops";
     const few = chart.lines.filter((line) => line.hover).length <= 10;
     const labelled = chart.lines.some((line) => line.end_label !== "");
+    const values = chart.lines.flatMap((line) => line.y).filter((y) => y !== null);
+    const low = Math.min(...values), high = Math.max(...values), room = (high - low || 1) * 0.12;
     return {
       ...base, margin: { l: 8, r: labelled ? 30 : 10, t: labelled ? 22 : 8, b: 8 }, hovermode: few ? "x unified" : "closest",
       xaxis: {
@@ -61,7 +63,8 @@
       },
       yaxis: {
         ...lines, title: { text: html(chart.y_title), standoff: 10 }, tickformat: chart.y_format.replace(".2f", ".2~f"), nticks: 7,
-        zeroline: false, linecolor: "rgba(0,0,0,0)",
+        zeroline: false, linecolor: "rgba(0,0,0,0)", ticks: "outside", ticklen: 6, tickcolor: "rgba(0,0,0,0)",
+        range: labelled ? [low - room, high + room / 2] : undefined, rangemode: chart.from_zero ? "tozero" : "normal",
       },
     };
   }
