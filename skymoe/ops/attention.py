@@ -28,6 +28,7 @@ def attention_mask(
     """
     if num_queries == num_keys and document_ids_BT is None and (window is None or window >= num_keys):
         return None
+    assert document_ids_BT is None or num_queries == num_keys, "the documents of cached keys are not known"
     key = torch.arange(num_keys, device=device)
     query = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None]
     mask = key <= query

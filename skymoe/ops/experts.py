@@ -43,7 +43,7 @@ def expert_swiglu(
     x_RD, gate_up_EGD, down_EDF = x_RD.to(dtype), gate_up_EGD.to(dtype), down_EDF.to(dtype)
     if backend is ExpertsBackend.GROUPED and can_group(dtype, gate_up_EGD.shape[2], down_EDF.shape[2]):
         h_RG = F.grouped_mm(x_RD, gate_up_EGD.transpose(1, 2), offs=offsets_E)
-        return F.grouped_mm(swiglu(h_RG), down_EDF.transpose(1, 2), offs=offsets_E)
+        return _DenseGradient.apply(F.grouped_mm(swiglu(h_RG), down_EDF.transpose(1, 2), offs=offsets_E))
     sizes = torch.diff(offsets_E, prepend=offsets_E.new_zeros(1)).tolist()
     rows = zip(x_RD.split(sizes), gate_up_EGD, down_EDF, strict=True)
     with torch.autocast(x_RD.device.type, enabled=False):
@@ -53,6 +53,18 @@ def expert_swiglu(
 def can_group(dtype: torch.dtype, *widths: int) -> bool:
     """Whether `grouped_mm` takes rows of these widths: multiples of 16 bytes, and no fp64."""
     return dtype is not torch.float64 and all(width * dtype.itemsize % 16 == 0 for width in widths)
+
+
+class _DenseGradient(torch.autograd.Function):
+    """The identity. Its gradient is laid out row by row: grouped_mm refuses the expanded one that `sum` sends back."""
+
+    @staticmethod
+    def forward(ctx, y_RD: Tensor) -> Tensor:
+        return y_RD.view_as(y_RD)
+
+    @staticmethod
+    def backward(ctx, grad_RD: Tensor) -> Tensor:
+        return grad_RD.contiguous()
 
 
 class _SwiGLU(torch.autograd.Function):

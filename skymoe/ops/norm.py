@@ -29,8 +29,9 @@ class _RMSNorm(torch.autograd.Function):
         x_ND, weight_D, scale_N = ctx.saved_tensors
         grad_ND = grad_ND.to(x_ND.dtype)
         product_ND = grad_ND * x_ND
-        pull_N = (product_ND @ weight_D)[:, None] * scale_N.pow(3) / x_ND.shape[-1]
-        grad_weight_D = scale_N[:, 0] @ product_ND
+        with torch.autocast(x_ND.device.type, enabled=False):  # backward may be called within the autocast block
+            pull_N = (product_ND @ weight_D)[:, None] * scale_N.pow(3) / x_ND.shape[-1]
+            grad_weight_D = scale_N[:, 0] @ product_ND
         grad_x_ND = torch.mul(grad_ND, weight_D, out=product_ND).mul_(scale_N)
         return grad_x_ND.addcmul_(x_ND, pull_N, value=-1), grad_weight_D, None, None
 

@@ -80,7 +80,7 @@ def _sum_over_choices(y_RD: Tensor, grouping: Grouping) -> Tensor:
     for k in range(top_k):  # one choice at a time: a (T, K, D) intermediate costs more memory traffic than it saves
         rows_TD = y_RD.index_select(0, grouping.place_TK[:, k])
         if grouping.sent_TK is not None:
-            rows_TD *= grouping.sent_TK[:, k, None]
+            rows_TD.masked_fill_(~grouping.sent_TK[:, k, None], 0)  # not a product: row 0 may be infinite
         out_TD = rows_TD if out_TD is None else out_TD.add_(rows_TD)
     assert out_TD is not None
     return out_TD

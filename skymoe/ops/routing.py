@@ -62,7 +62,7 @@ def gate_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
 def normalize_logits(logits_TE: Tensor, norm: GateNormSpec) -> Tensor:
     """Eq. 6: z~ = lambda (z - mu) / (sigma + eps) over the experts of each token.
 
-    Constant logits stay constant, hence an indifferent gate, also where eps is 0: there are pads whose hidden state is 0.
+    Constant logits stay constant, hence an indifferent gate, also where eps is 0: the hidden state of a pad may be 0.
     """
     centred_TE = logits_TE - logits_TE.mean(-1, keepdim=True) if norm.subtract_mean else logits_TE
     deviation_T1 = logits_TE.std(-1, correction=norm.ddof, keepdim=True) + norm.eps

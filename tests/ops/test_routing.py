@@ -39,7 +39,7 @@ def test_gate_logits_keep_double_precision() -> None:
 
 
 def test_normalization_by_hand() -> None:
-    """Eq. 6 on (1, 2, 6): mean 3, squares 4 + 1 + 9 = 14; sigma is sqrt(14/2) unbiased, sqrt(14/3) of the population."""
+    """Eq. 6 on (1, 2, 6): mean 3, squares 4 + 1 + 9; sigma is sqrt(14/2) unbiased, sqrt(14/3) of the population."""
     z = torch.tensor([[1.0, 2.0, 6.0]])
     unbiased = normalize_logits(z, GateNormSpec(scale=2.0, ddof=1, eps=0.0))
     torch.testing.assert_close(unbiased, 2 * torch.tensor([[-2.0, -1.0, 3.0]]) / math.sqrt(7))
