@@ -74,6 +74,8 @@ def exactness(moe: MoESpec, method: Method) -> Exactness:
 
 
 def _refuse(dense: ModelSpec, config: UpcycleConfig) -> None:
+    if config.source.resolve() == config.out.resolve():
+        raise ConfigError("the output is the source", where=config.out, hint="choose another directory")
     if dense.moe is not None or dense.architecture in MOE_ARCHITECTURES and dense.architecture is not Architecture.SKYMOE:
         raise ConfigError(
             f"this model is already a mixture of experts ({dense.architecture})",
