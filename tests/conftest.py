@@ -1,11 +1,40 @@
-"""Fixtures that several rooms' tests share: tiny random checkpoints made by transformers, the oracle of our formats."""
+"""What all tests share.
+
+Every test runs alone: one thread, no network beyond this machine, nothing from the caller's environment. The fixture
+`oracle` makes tiny random checkpoints with transformers, the oracle of our formats.
+"""
 
 from __future__ import annotations
 
+import os
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+# Before torch is first imported; tiny matrices are slower on two threads than on one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+for _name in [name for name in os.environ if name.startswith("SKYMOE__")]:
+    del os.environ[_name]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_network() -> Iterator[None]:
+    """A test that talks to another machine fails: skymoe never phones home."""
+    connect = socket.socket.connect
+
+    def only_here(self: socket.socket, address: object) -> None:
+        is_local = self.family == socket.AF_UNIX or (isinstance(address, tuple) and address[0] in ("127.0.0.1", "::1"))
+        assert is_local, f"a test tried to reach {address}"
+        connect(self, address)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", only_here)
+        yield
+
 
 TINY: dict[str, dict[str, Any]] = {
     # odd on purpose: 3 heads, FFN 200, a vocabulary that is no multiple of anything

@@ -48,7 +48,7 @@ def call(*arguments: str) -> int:
 
 
 def test_the_promised_commands_are_there() -> None:
-    promised = "demo train upcycle generate inspect report doctor".split()
+    promised = ["demo", "train", "upcycle", "generate", "inspect", "report", "doctor"]
     assert {(name,) for name in promised} <= TREE.keys()
     assert {("data", "build"), ("ckpt", "ls"), ("ckpt", "verify"), ("ckpt", "diff")} <= TREE.keys()
     assert {("config", "show"), ("config", "schema")} <= TREE.keys()
@@ -201,7 +201,8 @@ def test_documented_commands_and_options_exist(place: str, line: str) -> None:
     while words and (*path, words[0]) in TREE:
         path = (*path, words.pop(0))
     command = TREE[path]
-    options = {option for parameter in getattr(command, "params", []) for option in parameter.opts + parameter.secondary_opts}
+    parameters = getattr(command, "params", [])
+    options = {option for parameter in parameters for option in parameter.opts + parameter.secondary_opts}
     used = {word.split("=")[0] for word in words if word.startswith("--")}
     assert path or used <= {"--help", "--version"}, f"{place}: no such command: skymoe {line}"
     assert used <= options | {"--help"}, f"{place}: skymoe {line}"
@@ -209,7 +210,7 @@ def test_documented_commands_and_options_exist(place: str, line: str) -> None:
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.tuples(inner) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    lambda x: st.lists(x, max_size=3) | st.tuples(x) | st.dictionaries(st.text(max_size=3), x, max_size=3),
     max_leaves=8,
 )
 

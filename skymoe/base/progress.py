@@ -33,7 +33,7 @@ _SECONDS_BETWEEN_LINES = 5.0
 class Progress(Protocol):
     """What a job holds while it works."""
 
-    def advance(self, n: float = 1, **fields: object) -> None:
+    def advance(self, n: float = 1, /, **fields: object) -> None:
         """`n` more units are done; `fields` are shown beside the bar until replaced."""
 
     def status(self, **fields: object) -> None:
@@ -66,7 +66,7 @@ def render_fields(fields: dict[str, object]) -> str:
 
 
 class _Silent:
-    def advance(self, n: float = 1, **fields: object) -> None:
+    def advance(self, n: float = 1, /, **fields: object) -> None:
         pass
 
     def status(self, **fields: object) -> None:
@@ -80,7 +80,7 @@ class _Bar:
         self._bars, self._fields = bars, dict[str, object]()
         self._task = bars.add_task(escape(description), total=total, shown="")
 
-    def advance(self, n: float = 1, **fields: object) -> None:
+    def advance(self, n: float = 1, /, **fields: object) -> None:
         self._bars.advance(self._task, n)
         self.status(**fields)
 
@@ -119,7 +119,7 @@ class _Lines:
         self._fields: dict[str, object] = {}
         self._start = self._last_line = time.monotonic()
 
-    def advance(self, n: float = 1, **fields: object) -> None:
+    def advance(self, n: float = 1, /, **fields: object) -> None:
         self._done += n
         self.status(**fields)
 

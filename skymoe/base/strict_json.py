@@ -19,7 +19,7 @@ def read_json(path: Path, *, max_bytes: int) -> Any:
     """The content of the JSON file `path`.
 
     Raises:
-        FormatError: no such regular file, larger than `max_bytes`, not UTF-8, not JSON, NaN or infinity, a duplicate key.
+        FormatError: no regular file, larger than `max_bytes`, not UTF-8, not JSON, NaN or infinity, a duplicate key.
     """
     return parse_json(_read_bounded(path, max_bytes), where=path)
 

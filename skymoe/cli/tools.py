@@ -124,11 +124,12 @@ class Job(StrEnum):
 @config.command("schema")
 def config_schema(job: Annotated[Job, typer.Argument(help="Whose configuration.")] = Job.TRAIN) -> None:
     """Print the JSON Schema of a configuration, for editors."""
+    from skymoe.base.config import Config
     from skymoe.data.config import BuildConfig
     from skymoe.train.config import TrainConfig
     from skymoe.upcycle.config import UpcycleConfig
 
-    configs = {Job.TRAIN: TrainConfig, Job.UPCYCLE: UpcycleConfig, Job.DATA: BuildConfig}
+    configs: dict[Job, type[Config]] = {Job.TRAIN: TrainConfig, Job.UPCYCLE: UpcycleConfig, Job.DATA: BuildConfig}
     print(json.dumps(configs[job].model_json_schema(), indent=2))
 
 

@@ -148,7 +148,8 @@ def test_files_that_cannot_be_read(recipe, tmp_path: Path) -> None:
 
 
 def test_later_sources_win(recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe("steps: 1\nname: base\noptimizer: {lr: 0.1, warmup: 1, fused: true}\nsources: [{path: a}, {path: b}]", "b.yaml")
+    base = "steps: 1\nname: base\noptimizer: {lr: 0.1, warmup: 1, fused: true}\nsources: [{path: a}, {path: b}]"
+    recipe(base, "b.yaml")
     path = recipe("extends: b.yaml\nname: file\noptimizer: {lr: 0.2, warmup: 2}\nsources: [{path: c}]")
     monkeypatch.setenv("SKYMOE__OPTIMIZER__LR", "0.3")
     monkeypatch.setenv("SKYMOE__NOTE", "env")
@@ -190,15 +191,16 @@ def test_broken_overrides(recipe, override: str, told: str) -> None:
 
 
 def test_overrides_speak_yaml() -> None:
-    config = read_config(Recipe, None, ["steps=7", "optimizer.betas=[0.5, 0.6]", "note=", "name=a=b", "sources=[{path: /x}]"])
+    overrides = ["steps=7", "optimizer.betas=[0.5, 0.6]", "note=", "name=a=b", "sources=[{path: /x}]"]
+    config = read_config(Recipe, None, overrides)
     assert config == Recipe(
         steps=7, optimizer=Optimizer(betas=(0.5, 0.6)), name="a=b", sources=(Source(path=Path("/x")),), note=None
     )
 
 
 def test_toml(recipe) -> None:
-    text = 'steps = 3\n[optimizer]\nlr = 1e-4\nwamrup = 1\n'
-    assert 'recipe.toml:4: optimizer.wamrup: unknown key; did you mean "warmup"?' in refused(recipe(text, "recipe.toml"))
+    message = refused(recipe("steps = 3\n[optimizer]\nlr = 1e-4\nwamrup = 1\n", "recipe.toml"))
+    assert 'recipe.toml:4: optimizer.wamrup: unknown key; did you mean "warmup"?' in message
     assert read_config(Recipe, recipe("steps = 3\noptimizer.lr = 1e-4", "recipe.toml")).optimizer.lr == 1e-4
     assert "not valid TOML" in refused(recipe("steps = 1\nsteps = 2", "recipe.toml"))
 
@@ -219,7 +221,8 @@ def test_a_config_is_frozen_and_replaced_with_checks() -> None:
     assert Recipe.model_json_schema()["properties"]["steps"]["description"] == "Optimizer steps."
 
 
-texts = st.text(max_size=30) | st.sampled_from(["", "on", "no", "1e-5", "12:30", "010", "~", ".inf", "- a", "a: b", "0x1f"])
+TRAPS = ["", "on", "no", "1e-5", "12:30", "010", "~", ".inf", "- a", "a: b", "0x1f"]
+texts = st.text(max_size=30) | st.sampled_from(TRAPS)
 finite = st.floats(min_value=1e-300, allow_infinity=False)
 
 

@@ -81,11 +81,11 @@ def test_staging_refuses_what_exists(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not empty"), files.staging_directory(final):
         pytest.fail("the block must not run")
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="not a directory"), files.staging_directory(tmp_path / "file", overwrite=True):
-        pytest.fail("the block must not run")
     (tmp_path / "link").symlink_to(final)
-    with pytest.raises(ConfigError, match="not a directory"), files.staging_directory(tmp_path / "link", overwrite=True):
-        pytest.fail("the block must not run")
+    for name in ("file", "link"):
+        refusal = pytest.raises(ConfigError, match="not a directory")
+        with refusal, files.staging_directory(tmp_path / name, overwrite=True):
+            pytest.fail("the block must not run")
     assert names(tmp_path) == ["file", "link", "model"]
 
 
