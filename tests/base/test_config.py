@@ -226,7 +226,7 @@ texts = st.text(max_size=30) | st.sampled_from(TRAPS)
 finite = st.floats(min_value=1e-300, allow_infinity=False)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     name=texts,
     note=st.none() | texts,
@@ -246,7 +246,7 @@ def test_what_is_dumped_reads_back_equal(tmp_path_factory, name, note, steps, lr
     assert read_config(Recipe, path) == config
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(text=st.text(alphabet=st.sampled_from("stepname:optizr lw-[]{}&*!|>'\"%@`#?,.\n\t019eE+~<"), max_size=60))
 def test_any_text_gives_a_config_or_a_config_error(tmp_path_factory, text) -> None:
     path = tmp_path_factory.getbasetemp() / "any.yaml"
