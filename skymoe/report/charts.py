@@ -20,6 +20,7 @@ from skymoe.report.series import Floats, Points, bits_per_byte, mean, points, sm
 AXES = {"tokens": "training tokens", "flops": "training compute (FLOPs)"}
 _DENSE = ("dense", "dense2", "dense3")
 _MOE = ("moe", "run2", "run3", "run4", "run5", "run6", "run7")
+_MAX_CHART_POINTS = 12_000
 _RAMP = ((0x4C, 0x6E, 0xF5), (0x0C, 0x97, 0x8F), (0xF0, 0x8C, 0x00))
 
 
@@ -96,7 +97,7 @@ def bits_chart(runs: Sequence[Run], parent: Run | None, colors: dict[str, str]) 
             colors[run.name],
             width=3,
             markers=True,
-            end_label=f"{curve.last:.3f}",
+            end_label=f"{curve.last:.3f}" if len(curves) <= 2 else "",
             end_above=len(curves) < 2 or bool(curve.value_S[-1] > best),
         )
         for run, curve in curves
@@ -106,7 +107,9 @@ def bits_chart(runs: Sequence[Run], parent: Run | None, colors: dict[str, str]) 
         ends = [max((x for line in lines for x in line.xs[axis] if x is not None), default=1.0) for axis in (0, 1)]
         spans: tuple[Points, ...] = tuple([0.0, end] for end in ends)
         lines.insert(0, Line("dense parent", spans, [start, start], "muted", width=1.5, dash="dot"))
-    caption = "Held-out text, never trained on. Lower is better. Both curves start from the same parent."
+    caption = "Held-out text, never trained on. Lower is better."
+    if start is not None:
+        caption += " Both runs start from the dense parent."
     return Chart(
         "bits", "Bits per byte on held-out text", caption, tuple(AXES), tuple(lines), "bits per byte", height=360
     )
@@ -124,7 +127,9 @@ def loss_chart(runs: Sequence[Run], colors: dict[str, str], max_points: int) -> 
         mean_S = smooth(loss_S, _span(len(loss_S)))[keep]
         faint = Line(run.name, xs, points(loss_S[keep]), colors[run.name], 1, opacity=0.25, hover=False, legend=False)
         lines += [faint, Line(run.name, xs, points(mean_S), colors[run.name], 2.5)]
-    caption = "Cross-entropy of the training batches. Faint: each step. Strong: running mean over 2 % of the run."
+    caption = (
+        "Cross-entropy of the training batches. Faint: each logged step. Strong: running mean over 2 % of the run."
+    )
     return Chart("loss", "Training loss", caption, tuple(AXES), tuple(lines), "nats per token") if lines else None
 
 
@@ -143,7 +148,7 @@ def layer_chart(
         value_SN = run.layers[column]
         if not steady:
             value_SN = smooth(value_SN, _span(len(value_SN)))
-        keep = thin(len(value_SN), max_points)
+        keep = thin(len(value_SN), min(max_points, max(120, _MAX_CHART_POINTS // value_SN.shape[1])))
         lines += _layer_lines(run, value_SN[keep], points(run.train["tokens"][keep]), colors, alone=len(runs) == 1)
     if not lines:
         return None
@@ -162,7 +167,7 @@ def similarity_chart(runs: Sequence[Run], colors: dict[str, str]) -> Chart | Non
         width = len(rows[0]["expert_similarity"])
         value_SN = np.array([_row(r["expert_similarity"], width) for r in rows])
         tokens_S = np.array([np.nan if (t := number(r.get("tokens"))) is None else t for r in rows])
-        lines += _layer_lines(run, value_SN, points(tokens_S), colors, alone=len(found) == 1, markers=True)
+        lines += _layer_lines(run, value_SN, points(tokens_S), colors, alone=len(found) == 1, markers=width < 10)
     caption = "Mean pairwise cosine between the weights of a layer's experts; 1 means copies of the dense parent."
     return Chart("similarity", "Expert similarity", caption, ("tokens",), tuple(lines), height=300) if lines else None
 

@@ -62,8 +62,15 @@ def _chip(line: Line) -> Html:
 def _switch(chart: Chart) -> Html:
     if len(chart.axes) < 2:
         return Html("")
+    compares = len({line.name for line in chart.lines if line.legend}) > 1
     buttons = [
-        el("button", _SWITCH[axis], type="button", data_axis=str(i), aria_pressed="true" if i == 0 else "false")
+        el(
+            "button",
+            _SWITCH[axis] if compares else AXES[axis].split(" (")[0],
+            type="button",
+            data_axis=str(i),
+            aria_pressed="true" if i == 0 else "false",
+        )
         for i, axis in enumerate(chart.axes)
     ]
     return el("div", *buttons, class_="switch", role="group", aria_label="Compare at", data_for=chart.id)

@@ -27,7 +27,8 @@ def page(material: Material, comparison: Comparison | None, sections: Sequence[S
     """The whole HTML document."""
     heading = title or headline(material, comparison)
     scripts = (_plotly(), _asset("page.js"))
-    charts = [chart for section in sections for chart in section.charts]
+    shown = [section for section in sections if section.body]
+    charts = [chart for section in shown for chart in section.charts]
     head = el(
         "head",
         Html('<meta charset="utf-8">'),
@@ -40,8 +41,8 @@ def page(material: Material, comparison: Comparison | None, sections: Sequence[S
     body = el(
         "body",
         _header(material, comparison, heading),
-        el("nav", *(el("a", section.title, href=f"#{section.id}") for section in sections), aria_label="Sections"),
-        el("main", *map(_section, sections), _notes(material)),
+        el("nav", *(el("a", part.title, href=f"#{part.id}") for part in shown), aria_label="Sections"),
+        el("main", *map(_section, shown), _notes(material, sections)),
         el("footer", el("p", "Made by ", el("code", "skymoe report"), ". One file, no network.")),
         el("script", Html(_json({"charts": [_chart_data(c) for c in charts], "axes": AXES})), type="application/json",
            id="data"),
@@ -65,16 +66,23 @@ def _lede(material: Material, comparison: Comparison | None) -> str:
     if comparison is None or comparison.equal_tokens is None:
         return " · ".join(run.name for run in material.runs)
     common = count(comparison.equal_tokens.at)
-    tokens = f"Both models grew from one dense parent and were trained on the same {common} tokens"
-    return f"{tokens}; the figures are on held-out text. Lower bits per byte is better."
+    if material.demo is None:
+        return f"{comparison.moe.name} against {comparison.dense.name} after {common} tokens each, on held-out text."
+    both = f"Both models grew from one dense parent and were trained on the same {common} tokens"
+    return f"{both}; the figures are on held-out text. Lower bits per byte is better."
 
 
 def _cards(material: Material, comparison: Comparison | None) -> list[Html]:
     cards: list[Html] = []
     tokens, flops = (comparison.equal_tokens, comparison.equal_flops) if comparison else (None, None)
-    if tokens:
-        cards.append(_card("Mixture of experts", fixed(tokens.moe), "bits per byte", tone="moe"))
-        cards.append(_card("Dense, continued", fixed(tokens.dense), "bits per byte", tone="dense"))
+    if comparison and tokens:
+        names = (
+            ("Mixture of experts", "Dense, continued")
+            if material.demo
+            else (comparison.moe.name, comparison.dense.name)
+        )
+        cards.append(_card(names[0], fixed(tokens.moe), "bits per byte", tone="moe"))
+        cards.append(_card(names[1], fixed(tokens.dense), "bits per byte", tone="dense"))
         cards.append(_card("At equal tokens", percent(tokens.change), "bits per byte", tone=_tone(tokens.change)))
     else:
         for run in material.runs[:3]:
@@ -83,11 +91,8 @@ def _cards(material: Material, comparison: Comparison | None) -> list[Html]:
                 last, unit = tail_mean(run.train["loss"]), "training loss"
             cards.append(_card(run.name, fixed(last), unit, tone="moe" if run.is_moe else "dense"))
     if flops:
-        cards.append(
-            _card(
-                "At equal compute", percent(flops.change), f"at {scientific(flops.at)} FLOPs", tone=_tone(flops.change)
-            )
-        )
+        spent = f"at {scientific(flops.at)} FLOPs"
+        cards.append(_card("At equal compute", percent(flops.change), spent, tone=_tone(flops.change)))
     moe = comparison.moe if comparison else material.runs[-1]
     if moe.header.get("parameters") is not None:
         active = f"{count(moe.header.get('active_parameters'))} active per token"
@@ -112,11 +117,11 @@ def _section(section: Section) -> Html:
     return el("section", el("h2", section.title), note, section.body, id=section.id)
 
 
-def _notes(material: Material) -> Html:
-    if not material.notes:
-        return Html("")
-    items = el("ul", *(el("li", note) for note in material.notes))
-    return el("section", el("h2", "Left out"), items, id="notes")
+def _notes(material: Material, sections: Sequence[Section]) -> Html:
+    """What the page cannot show, and why."""
+    notes = [el("li", f"{part.title}: {part.note}") for part in sections if part.note and not part.body]
+    notes += [el("li", note) for note in material.notes]
+    return el("section", el("h2", "Not shown"), el("ul", *notes), id="notes") if notes else Html("")
 
 
 def _chart_data(chart: Chart) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def result(material: Material, comparison: Comparison | None, colors: dict[str, 
         for run in material.runs
     ]
     if comparison:
-        rows += _difference_rows(comparison, _columns(material.runs))
+        rows += _difference_rows(comparison, material.runs, _columns(material.runs))
     note = (
         ""
         if comparison
@@ -193,12 +193,17 @@ def _columns(runs: Sequence[Run]) -> tuple[str, ...]:
     return ("all", *domains(runs)[:12])
 
 
-def _difference_rows(comparison: Comparison, columns: Sequence[str]) -> list[tuple[str | Html, ...]]:
-    rows: list[tuple[str | Html, ...]] = []
+def _difference_rows(comparison: Comparison, runs: Sequence[Run], columns: Sequence[str]) -> list[tuple[Html, ...]]:
+    """The change of every mixture of experts against the dense run, at equal tokens and at equal compute."""
+    moe = [run for run in runs if run.is_moe]
+    rows = []
     for axis, words in (("tokens", "at equal tokens"), ("flops", "at equal compute")):
-        pairs = [pair(comparison.dense, comparison.moe, domain, axis) for domain in columns]
-        if pairs[0]:
-            rows.append((el("span", words, class_="difference"), *(_change(p.change if p else None) for p in pairs)))
+        for run in moe:
+            pairs = [pair(comparison.dense, run, domain, axis) for domain in columns]
+            name = f"{run.name} {words}" if len(moe) > 1 else words
+            if pairs[0]:
+                heading = el("span", name, class_="difference")
+                rows.append((heading, *(_change(p.change if p else None) for p in pairs)))
     return rows
 
 

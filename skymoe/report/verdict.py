@@ -42,12 +42,13 @@ class Comparison:
 
 
 def compare(material: Material) -> Comparison | None:
-    """The comparison, when there is a dense run and a mixture of experts (the last dense one, the first mixture)."""
+    """The comparison, when there is a dense run and a mixture of experts (the last dense one, the best mixture)."""
     dense = [run for run in material.runs if not run.is_moe]
     moe = [run for run in material.runs if run.is_moe]
     if not dense or not moe:
         return None
-    return Comparison(dense[-1], moe[0], *(pair(dense[-1], moe[0], "all", axis) for axis in ("tokens", "flops")))
+    best = min(moe, key=lambda run: _or_infinity(bits_per_byte(run).last))
+    return Comparison(dense[-1], best, *(pair(dense[-1], best, "all", axis) for axis in ("tokens", "flops")))
 
 
 def pair(dense: Run, moe: Run, domain: str, axis: str) -> Pair | None:
@@ -71,7 +72,12 @@ def headline(material: Material, comparison: Comparison | None) -> str:
         return "On the same tokens, the mixture of experts and its dense parent are level"
     size = f"{abs(change):.1%}".replace("%", NARROW + "%")
     direction = "fewer" if change < 0 else "more"
-    return f"The mixture of experts needs {size} {direction} bits per byte than the dense model"
+    best = "The best" if sum(run.is_moe for run in material.runs) > 1 else "The"
+    return f"{best} mixture of experts needs {size} {direction} bits per byte than the dense model"
+
+
+def _or_infinity(value: float | None) -> float:
+    return math.inf if value is None else value
 
 
 def percent(change: float | None) -> str:

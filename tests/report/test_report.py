@@ -17,7 +17,7 @@ from skymoe.report.config import ReportConfig
 from skymoe.report.run import ReportFile, run
 
 sys.path.insert(0, str(Path(__file__).parent))
-from fake_runs import write_demo, write_run  # noqa: E402
+from fake_runs import write_demo, write_run
 
 ALL = ("result", "loss", "balance", "gates", "experts", "speed", "receipt", "samples", "config", "environment",
        "reproduce")  # fmt: skip
