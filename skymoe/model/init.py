@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -19,8 +20,13 @@ from skymoe.model.transformer import Transformer
 from skymoe.spec.model import ModelSpec
 
 
-def initial_tensor(spec: ModelSpec, name: str, shape: torch.Size | tuple[int, ...], seed: int) -> Tensor:
-    """The fp32 initial value of the parameter `name` (module name, global layer id) of a model."""
+def initial_tensor(
+    spec: ModelSpec, name: str, shape: torch.Size | tuple[int, ...], seed: int, *, first_expert: int = 0
+) -> Tensor:
+    """The fp32 initial value of the parameter `name` (module name, global layer id) of a model.
+
+    Stacked experts are drawn from `first_expert` on, as many as `shape` says: a rank draws just those it owns.
+    """
     parts = name.split(".")
     if parts[-1] in ("bias", "expert_bias"):
         return torch.zeros(shape)
@@ -28,7 +34,8 @@ def initial_tensor(spec: ModelSpec, name: str, shape: torch.Size | tuple[int, ..
         return torch.ones(shape)
     std = spec.init_std / math.sqrt(2 * spec.num_layers) if {"o", "down"} & set(parts) else spec.init_std
     if "experts" in parts:
-        return torch.stack([_normal(tuple(shape[1:]), std, seed, f"{name}.{e}") for e in range(shape[0])])
+        experts = range(first_expert, first_expert + shape[0])
+        return torch.stack([_normal(tuple(shape[1:]), std, seed, f"{name}.{e}") for e in experts])
     return _normal(tuple(shape), std, seed, name)
 
 
@@ -40,7 +47,7 @@ def _normal(shape: tuple[int, ...], std: float, seed: int, key: str) -> Tensor:
 
 @torch.no_grad()
 def initialize(model: Transformer, seed: int) -> Transformer:
-    """Fill every parameter of `model` in place and return it."""
-    for name, parameter in model.named_parameters():
-        parameter.copy_(initial_tensor(model.spec, name, parameter.shape, seed))
+    """Fill every parameter and buffer of `model` in place and return it."""
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        tensor.copy_(initial_tensor(model.spec, name, tensor.shape, seed))
     return model

@@ -77,7 +77,7 @@ class Transformer(nn.Module):
         Args:
             tokens_BT: int64 token ids.
             batch: positions, document boundaries, pads, capacity.
-            cache: keys and values so far; extended by these tokens.
+            cache: keys and values so far; extended in place by these tokens, so there is no backward through it.
             recompute: layers to run again in the backward pass instead of keeping their activations.
         """
         batch = batch or BatchInfo()
