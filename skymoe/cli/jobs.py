@@ -12,20 +12,26 @@ from skymoe.cli.options import AsJson, Extra, Overrides, Quiet, Seed, Verbose, g
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Directory for everything the demo makes.")] = Path("demo"),
-    seed: Annotated[int, typer.Option(help="The same seed gives the same result.")] = 0,
-    quick: Annotated[bool, typer.Option("--quick", help="A smaller model and fewer steps.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Directory for everything the demo makes; default: demo.")] = None,
+    seed: Seed = None,
+    quick: Annotated[bool | None, typer.Option("--quick", help="Fewer steps: the way, not the result.")] = None,
+    corpus: Annotated[str | None, typer.Option(help="stdlib: Python's own text; synthetic: made up.")] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """See it all in three minutes: text, a dense model, its mixture of experts, both trained on, a report."""
-    from skymoe.cli.console import print_json
-    from skymoe.demo import run_demo
+    from skymoe.base.config import check_config
+    from skymoe.cli.console import print_json, standard_output
+    from skymoe.demo.config import DemoConfig
 
-    result = run_demo(out=out, seed=seed, quick=quick)
-    if as_json:
-        print_json(result.summary)
+    config = check_config(DemoConfig, given(out=out, seed=seed, quick=quick, corpus=corpus))
+    from skymoe.demo.run import run
+    from skymoe.demo.table import show
+
+    result = run(config)
+    print_json(result.summary) if as_json else show(result, standard_output())
+    raise typer.Exit(result.exit_code)
 
 
 def upcycle(
