@@ -8,8 +8,11 @@ from typing import Any
 import numpy as np
 
 from skymoe.base.config import check_config
+from skymoe.ckpt.config import DiffConfig
+from skymoe.ckpt.run import run_diff
 from skymoe.data.indexed import IndexedWriter
 from skymoe.train.config import TrainConfig
+from skymoe.train.metrics import read_metrics
 
 VOCAB = 257
 DENSE: dict[str, Any] = {
@@ -58,3 +61,17 @@ def recipe(root: Path, *, spec: dict[str, Any] | None = None, **changes: Any) ->
     for key, value in changes.items():
         base[key] = {**base[key], **value} if isinstance(value, dict) and isinstance(base.get(key), dict) else value
     return check_config(TrainConfig, base)
+
+
+def assert_same_state(left: Path, right: Path) -> None:
+    """The newest generations of two runs are equal bit for bit: tensors, alpha, counters, guard, last evaluation."""
+    report = run_diff(DiffConfig(left=left, right=right))
+    assert report.exit_code == 0, report.differences
+    assert report.num_tensors > 10
+
+
+def untimed_lines(directory: Path) -> list[dict[str, Any]]:
+    """The train and eval lines of a run without what the clock decides."""
+    timed = {"seconds", "tokens_per_s", "mfu_causal", "mfu_full"}
+    lines = read_metrics(directory / "metrics.jsonl")
+    return [{k: v for k, v in line.items() if k not in timed} for line in lines if line["kind"] in ("train", "eval")]
