@@ -12,6 +12,7 @@ import torch
 
 from skymoe.base.errors import ConfigError, MachineError
 from skymoe.base.files import machine_errors
+from skymoe.base.memory import keep_freed_memory
 from skymoe.train.config import TrainConfig
 
 
@@ -23,6 +24,8 @@ def torch_settings(config: TrainConfig) -> Iterator[torch.device]:
     aid that costs a pass over memory, so it is off here.
     """
     device = _device(config.run.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory
     if device.type == "cuda":
