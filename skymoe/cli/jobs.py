@@ -116,11 +116,13 @@ def generate(
     )  # fmt: skip
     config = check_config(GenerateConfig, options)
     from skymoe.generate.run import run
+    from skymoe.generate.stream import for_terminal
 
     if as_json:
         print_json(run(config))
         return
-    result = run(config, write=lambda text: print(text, end="", flush=True))
+    shown = for_terminal if sys.stdout.isatty() else str
+    result = run(config, write=lambda text: print(shown(text), end="", flush=True))
     print()
     sys.stdout.flush()
     logger.info(f"{len(result.token_ids)} tokens, {result.tokens_per_s:.1f} tokens/s, seed {result.seed}")
