@@ -49,8 +49,9 @@ TINY: dict[str, dict[str, Any]] = {
     "qwen2_moe": dict(hidden_size=48, intermediate_size=72, moe_intermediate_size=40, num_attention_heads=3,
                       num_key_value_heads=3, vocab_size=97, shared_expert_intermediate_size=24, num_experts=6,
                       num_experts_per_tok=3, norm_topk_prob=False),
-    "qwen3_moe": dict(hidden_size=48, intermediate_size=72, moe_intermediate_size=40, num_attention_heads=6, head_dim=10,
-                      num_key_value_heads=2, vocab_size=97, num_experts=5, num_experts_per_tok=2, norm_topk_prob=True),
+    "qwen3_moe": dict(hidden_size=48, intermediate_size=72, moe_intermediate_size=40, num_attention_heads=6,
+                      head_dim=10, num_key_value_heads=2, vocab_size=97, num_experts=5, num_experts_per_tok=2,
+                      norm_topk_prob=True),
 }  # fmt: skip
 
 
@@ -89,6 +90,9 @@ class HfOracle:
 
 
 @pytest.fixture(scope="session")
-def oracle() -> HfOracle:
+def oracle(tmp_path_factory: pytest.TempPathFactory) -> HfOracle:
+    # read when transformers is imported: where it keeps the Python files of models, and that it stays off the network
+    os.environ.setdefault("HF_MODULES_CACHE", str(tmp_path_factory.mktemp("hf_modules")))
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     pytest.importorskip("transformers")
     return HfOracle()

@@ -1,8 +1,8 @@
 """A Hugging Face directory -> the one-device module.
 
-The module is built without memory (on torch's `meta` device), the files are held against the spec (`weights.match`), and
-then each tensor is read into its final place: peak memory is the model plus one tensor. Nothing is guessed: a tensor that
-is missing or left over is an error, code in the directory is never run, pickled weights are never opened.
+The module is built without memory (on torch's `meta` device), the files are held against the spec (`weights.match`),
+and then each tensor is read into its final place: peak memory is the model plus one tensor. Nothing is guessed: a
+tensor that is missing or left over is an error, code in the directory is never run, pickled weights are never opened.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The one-device module -> a Hugging Face directory, whole or not at all.
 
 Written into a hidden sibling and renamed at the end, so that a crash or a full disk leaves nothing that looks like a
-model. On-hub tensor names, both forms of the rotary fields, the tokenizer's files byte for byte. `skymoe.json` says where
-the model comes from; no other tool reads it.
+model. On-hub tensor names, both forms of the rotary fields, the tokenizer's files byte for byte. `skymoe.json` says
+where the model comes from; no other tool reads it.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from skymoe.weights.writer import DEFAULT_SHARD_BYTES, ShardedWriter
 PROVENANCE_NAME = "skymoe.json"
 GENERATION_NAME = "generation_config.json"
 TOKENIZER_NAMES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
-    "merges.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 MODELLING_NAMES = ("configuration_skymoe.py", "modeling_skymoe.py")
 _MAX_COPIED_BYTES = 256 * 2**20  # of one tokenizer file

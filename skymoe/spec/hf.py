@@ -1,13 +1,13 @@
 """config.json <-> ModelSpec, for every architecture we read and write.
 
-Reading is strict: each field is type-checked (`fields.py`), an unknown architecture and a feature we do not compute are
-refused by name, and a field that is absent takes the default of the transformers class it belongs to, which is what every
-other tool does. Fields that change nothing we compute (dropout of zero, cache flags, aux-loss coefficients) are logged at
-debug level and left behind.
+Reading is strict: each field is type-checked (`fields.py`), an unknown architecture and a feature we do not compute
+are refused by name, and a field that is absent takes the default of the transformers class it belongs to, which is
+what every other tool does. Fields that change nothing we compute (dropout of zero, cache flags, aux-loss
+coefficients) are logged at debug level and left behind.
 
-Writing checks first what the target format can carry (`uncarried`): a Mixtral file has no place for biases or for gate
-normalization, so asking for that is an error, not a model that quietly lost something. Our own `model_type: "skymoe"`
-carries everything a ModelSpec can say; docs/formats.md has the table.
+Writing checks first what the target format can carry (`uncarried`): a Mixtral file has no place for biases or for
+gate normalization, so asking for that is an error, not a model that quietly lost something. Our own `model_type:
+"skymoe"` carries everything a ModelSpec can say; docs/formats.md has the table.
 
 `auto_map` and Python files beside the weights are never looked at.
 """

@@ -155,7 +155,7 @@ def _write_qwen3(spec: ModelSpec) -> dict[str, Any]:
 
 
 def _read_qwen2_moe(fields: Fields, num_layers: int) -> dict[str, Any]:
-    # Without layer_types the class alternates sliding and full layers, which no ModelSpec says: only explicit ones then.
+    # Without layer_types the class alternates sliding and full layers, which no ModelSpec says.
     if fields.flag("use_sliding_window", False) and "layer_types" not in fields:
         raise fields.error("layer_types", "is missing", why="with use_sliding_window it decides which layers slide")
     return {"qkv_bias": fields.flag("qkv_bias", True), **_read_layer_window(fields, num_layers, num_layers)}
@@ -185,7 +185,16 @@ def _read_skymoe(fields: Fields, num_layers: int) -> dict[str, Any]:
 
 def _write_skymoe(spec: ModelSpec) -> dict[str, Any]:
     flags = {"qkv_bias": spec.qkv_bias, "o_bias": spec.o_bias, "mlp_bias": spec.mlp_bias, "qk_norm": spec.qk_norm}
-    return {**flags, "sliding_window": spec.sliding_window, "layer_types": _layer_types(spec)}
+    return {
+        **flags,
+        "sliding_window": spec.sliding_window,
+        "layer_types": _layer_types(spec),
+        "auto_map": {  # for transformers with trust_remote_code; we never look at it
+            "AutoConfig": "configuration_skymoe.SkyMoeConfig",
+            "AutoModel": "modeling_skymoe.SkyMoeModel",
+            "AutoModelForCausalLM": "modeling_skymoe.SkyMoeForCausalLM",
+        },
+    }
 
 
 def _read_layer_window(fields: Fields, num_layers: int, first: int, *, switch: bool | None = None) -> dict[str, Any]:

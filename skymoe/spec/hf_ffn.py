@@ -86,7 +86,7 @@ def _read_skywork(fields: Fields) -> dict[str, Any]:
 
 
 def _refuse_multiplied_input(fields: Fields) -> None:
-    """The sibling code (MoE++) multiplies the experts' input by k when all of these are off; a file that says so is odd."""
+    """MoE++, the sibling code, multiplies the experts' input by k when all of these are off."""
     names = ("moe_use_mixtral_gating", "moe_use_Skywork_gating", "moe_feature_no_mul_topk")
     given = [fields.flag(name) for name in names if name in fields]
     if given and not any(given):

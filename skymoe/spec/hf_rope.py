@@ -1,4 +1,5 @@
-"""Rotary embedding in a Hugging Face config: `rope_parameters` (transformers v5) and `rope_theta` + `rope_scaling` (before).
+"""Rotary embedding in a Hugging Face config: `rope_parameters` (transformers v5) and `rope_theta` + `rope_scaling`
+(before).
 
 Both forms are read and both are written, so that old and new tools see one model. When a file carries both and they
 disagree it is refused: which of the two a tool believes depends on its version. A wrong or dropped rope field is the

@@ -1,1 +1,1 @@
-"""The upcycle job: a dense model directory in, a mixture of experts out, with a receipt of how exactly it is the same."""
+"""The upcycle job: a dense model directory in, a mixture of experts out, and a receipt of how equal they are."""

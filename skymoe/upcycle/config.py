@@ -37,8 +37,8 @@ class UpcycleConfig(Config):
         layers: ids of the layers that become MoE; None means all.
         gate_norm: gating logit normalization (Skywork-MoE Eq. 6).
         gate_scale, gate_ddof, gate_eps: its lambda, degrees of freedom of the deviation, and guard.
-        router_std: standard deviation of the new router weights. Never zero: a zero router sends every token to the same
-            experts, and the balance loss has no gradient to change that.
+        router_std: standard deviation of the new router weights. Never zero: a zero router sends every token to the
+            same experts, and the balance loss has no gradient to change that.
         format: architecture of the output.
         dtype: of the output's weights; None keeps the source's.
         seed: of the routers, and of the receipt's tokens.

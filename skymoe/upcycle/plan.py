@@ -1,7 +1,7 @@
 """The conversion as data: which tensor of the source becomes which tensors of the output. No torch.
 
-Each source tensor appears once, so it is read once, however many experts it becomes; execution (`run.py`) only replays the
-list. Memory is bounded by one tensor because no step needs two.
+Each source tensor appears once, so it is read once, however many experts it becomes; execution (`run.py`) only
+replays the list. Memory is bounded by one tensor because no step needs two.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def _origin(place: Place) -> str:
 
 
 def _made(place: Place) -> Operation:
-    """New tensors: the router and the shared expert's first two matrices are random, whatever must add nothing is zero."""
+    """New tensors: the router and the shared expert's inner matrices are random; what must add nothing is zero."""
     zero = place.parameter.endswith((".moe.shared.down.weight", ".moe.shared_gate.weight", ".expert_bias"))
     return Operation.ZEROS if zero else Operation.NORMAL
 

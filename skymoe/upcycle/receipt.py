@@ -1,8 +1,8 @@
 """The receipt: is the upcycled model the dense model? Measured on the files just written, not assumed.
 
-Both models read the same random tokens in fp32, **layer by layer**: one layer of one model is in memory at a time, so the
-receipt of a model costs the memory of its largest layer, not of two whole models. `exact` needs both: the proof for this
-method (`target.exactness`) and a measured difference within rounding.
+Both models read the same random tokens in fp32, **layer by layer**: one layer of one model is in memory at a time, so
+the receipt of a model costs the memory of its largest layer, not of two whole models. `exact` needs both: the proof
+for this method (`target.exactness`) and a measured difference within rounding.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from skymoe.base.errors import ConfigError
-from skymoe.spec.hf_families import MOE_ARCHITECTURES, uncarried
+from skymoe.spec.hf_families import uncarried
 from skymoe.spec.model import Architecture, GateNormSpec, ModelSpec, MoESpec
 from skymoe.upcycle.config import Method, TargetFormat, UpcycleConfig
 
@@ -41,7 +41,9 @@ def target_spec(dense: ModelSpec, config: UpcycleConfig) -> tuple[ModelSpec, tup
         ConfigError: the source is a mixture of experts already, or cannot be upcycled as asked.
     """
     _refuse(dense, config)
-    norm = GateNormSpec(scale=config.gate_scale, ddof=config.gate_ddof, eps=config.gate_eps) if config.gate_norm else None
+    norm = None
+    if config.gate_norm:
+        norm = GateNormSpec(scale=config.gate_scale, ddof=config.gate_ddof, eps=config.gate_eps)
     moe = MoESpec(num_experts=config.experts, top_k=config.top_k, ffn_size=dense.ffn_size, gate_norm=norm)
     wide = replace(dense, architecture=Architecture.SKYMOE, moe=moe, moe_layers=_layers(dense, config))
     if config.format is TargetFormat.SKYMOE:
@@ -68,7 +70,7 @@ def exactness(moe: MoESpec, method: Method) -> Exactness:
     if moe.norm_topk:
         return Exactness(True, always)
     if moe.top_k == moe.num_experts:
-        return Exactness(True, "every expert is the dense feed-forward, and all of them are used: the softmax sums to 1")
+        return Exactness(True, "every expert is the dense feed-forward, and all are used: the softmax sums to 1")
     why = "the chosen probabilities are not renormalized: a token's output is scaled by their sum, which is below 1"
     return Exactness(False, why)
 
@@ -76,7 +78,7 @@ def exactness(moe: MoESpec, method: Method) -> Exactness:
 def _refuse(dense: ModelSpec, config: UpcycleConfig) -> None:
     if config.source.resolve() == config.out.resolve():
         raise ConfigError("the output is the source", where=config.out, hint="choose another directory")
-    if dense.moe is not None or dense.architecture in MOE_ARCHITECTURES and dense.architecture is not Architecture.SKYMOE:
+    if dense.moe is not None:
         raise ConfigError(
             f"this model is already a mixture of experts ({dense.architecture})",
             where=config.source,
@@ -90,7 +92,8 @@ def _refuse(dense: ModelSpec, config: UpcycleConfig) -> None:
             why="experts have no biases in any format that other tools read",
         )
     if config.layers is not None and config.layers[-1] >= dense.num_layers:
-        raise ConfigError(f"layers names layer {config.layers[-1]}, the model has {dense.num_layers}", where=config.source)
+        what = f"layers names layer {config.layers[-1]}, the model has {dense.num_layers}"
+        raise ConfigError(what, where=config.source)
 
 
 def _layers(dense: ModelSpec, config: UpcycleConfig) -> tuple[int, ...] | None:

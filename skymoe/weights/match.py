@@ -1,7 +1,9 @@
-"""Held against its spec, a directory's tensors must be exactly the table's: none missing, none left over, no other shape.
+"""Held against its spec, a directory's tensors must be exactly the table's: none missing, none left over, no other
+shape.
 
-A tensor that is silently not used, or a weight that silently stays random, is how conversions go wrong (Megatron-Bridge
-#4706, GPTQModel #2694, unsloth #5410). So every difference is an error, and all of them are told at once. No torch.
+A tensor that is silently not used, or a weight that silently stays random, is how conversions go wrong (Megatron-
+Bridge #4706, GPTQModel #2694, unsloth #5410). So every difference is an error, and all of them are told at once. No
+torch.
 """
 
 from __future__ import annotations
@@ -70,9 +72,7 @@ def match_tensors(spec: ModelSpec, tensors: Mapping[str, TensorInfo], *, where: 
     return Match(table, layout, spare_head, _main_dtype(tensors[name] for name in table))
 
 
-def _refuse_absurd_counts(
-    spec: ModelSpec, tensors: Mapping[str, TensorInfo], layout: Layout, where: object
-) -> None:
+def _refuse_absurd_counts(spec: ModelSpec, tensors: Mapping[str, TensorInfo], layout: Layout, where: object) -> None:
     """Stop a config of 2 billion experts before a table of them is made."""
     per_layer = spec.moe.num_experts if spec.moe and layout is Layout.HUB else 1
     expected = len(spec.moe_layer_ids) * per_layer + spec.num_dense_layers

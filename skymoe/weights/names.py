@@ -1,23 +1,25 @@
 """File names <-> module names, one reversible table per architecture.
 
 On disk an expert's three matrices are three tensors; in memory all experts of a layer are two stacked parameters
-(`gate_up`, `down`), so that one grouped matmul runs them. A `Place` says where a file's tensor lives: which parameter, and
-which part of it. `tensor_table(spec)` is the whole table of a model, in the order in which files are written: the reader
-walks it to prove that nothing is missing and nothing is left over, the writer walks it the other way.
+(`gate_up`, `down`), so that one grouped matmul runs them. A `Place` says where a file's tensor lives: which
+parameter, and which part of it. `tensor_table(spec)` is the whole table of a model, in the order in which files are
+written: the reader walks it to prove that nothing is missing and nothing is left over, the writer walks it the other
+way.
 
 We write the names of the hub: Mixtral's `block_sparse_moe.experts.E.w1`, Qwen's `mlp.experts.E.gate_proj`; every tool
-reads those. transformers v5 holds experts fused in memory (`mlp.experts.gate_up_proj`), and some converters have written
-that to disk; such a directory is recognized and read (`Layout.FUSED`), never written.
+reads those. transformers v5 holds experts fused in memory (`mlp.experts.gate_up_proj`), and some converters have
+written that to disk; such a directory is recognized and read (`Layout.FUSED`), never written.
 
-| module name                          | Llama, Mistral, Qwen, Skywork              | Mixtral, Skywork-MoE        |
-|--------------------------------------|--------------------------------------------|-----------------------------|
-| embed.weight                         | model.embed_tokens.weight                  |                             |
-| layers.I.attention.q.weight          | model.layers.I.self_attn.q_proj.weight     |                             |
-| layers.I.mlp.gate.weight             | model.layers.I.mlp.gate_proj.weight        |                             |
-| layers.I.moe.router.weight           | model.layers.I.mlp.gate.weight             | ...block_sparse_moe.gate.weight |
-| layers.I.moe.experts.gate_up[E, :F]  | model.layers.I.mlp.experts.E.gate_proj.weight | ...block_sparse_moe.experts.E.w1.weight |
-| layers.I.moe.experts.gate_up[E, F:]  | model.layers.I.mlp.experts.E.up_proj.weight   | ...block_sparse_moe.experts.E.w3.weight |
-| layers.I.moe.experts.down[E]         | model.layers.I.mlp.experts.E.down_proj.weight | ...block_sparse_moe.experts.E.w2.weight |
+In `model.layers.I`, Mixtral and Skywork-MoE differ from the others in the last four rows:
+
+| module name (after `layers.I.`) | file name                         | Mixtral, Skywork-MoE                  |
+|---------------------------------|-----------------------------------|---------------------------------------|
+| attention.q.weight              | self_attn.q_proj.weight           | the same                              |
+| mlp.gate.weight                 | mlp.gate_proj.weight              | (no dense layers)                     |
+| moe.router.weight               | mlp.gate.weight                   | block_sparse_moe.gate.weight          |
+| moe.experts.gate_up[E, :F]      | mlp.experts.E.gate_proj.weight    | block_sparse_moe.experts.E.w1.weight  |
+| moe.experts.gate_up[E, F:]      | mlp.experts.E.up_proj.weight      | block_sparse_moe.experts.E.w3.weight  |
+| moe.experts.down[E]             | mlp.experts.E.down_proj.weight    | block_sparse_moe.experts.E.w2.weight  |
 
 No torch here: a plan needs names and shapes only.
 """

@@ -51,7 +51,7 @@ def test_skywork_moe_counts_as_in_the_report():
 
 
 def test_690_tokens_per_second_on_an_a800_is_not_38_percent():
-    """The paper's 690 tokens/s/GPU of 312 TFLOP/s: 32.3 % (causal) or 34.9 % (full attention), not the 38 % it states."""
+    """690 tokens/s/GPU of 312 TFLOP/s: 32.3 % (causal) or 34.9 % (full attention), not the 38 % the paper states."""
     spec = PRESETS["skywork-moe"]
     causal = flops_per_token(spec, 8192, attention="causal", backward=True)
     full = flops_per_token(spec, 8192, attention="full", backward=True)

@@ -37,7 +37,9 @@ ODD = ModelSpec(
     head_dim=10,
     max_position=77,
     norm_eps=1e-5,
-    rope=RopeSpec(theta=1e6, scaling=RopeScaling.YARN, factor=4.0, original_max_position=20, mscale=0.5, truncate=False),
+    rope=RopeSpec(
+        theta=1e6, scaling=RopeScaling.YARN, factor=4.0, original_max_position=20, mscale=0.5, truncate=False
+    ),
     tie_embeddings=True,
     qkv_bias=True,
     o_bias=True,

@@ -6,7 +6,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -227,21 +226,23 @@ def test_a_full_disk_leaves_nothing(oracle, tmp_path, monkeypatch):
 
 def test_a_killed_run_leaves_nothing_at_the_output(oracle, tmp_path):
     dense = oracle.make(tmp_path / "dense", "llama", num_hidden_layers=8)
-    code = (
-        "import sys; from skymoe.base.config import check_config; from skymoe.upcycle.config import UpcycleConfig\n"
-        "from skymoe.upcycle.run import run; import skymoe.upcycle.run as module\n"
-        "original = module.measure\n"
-        "def slow(*a, **k):\n    print('measuring', flush=True); import time; time.sleep(60); return original(*a, **k)\n"
-        "module.measure = slow\n"
-        "run(check_config(UpcycleConfig, {'source': sys.argv[1], 'out': sys.argv[2]}))\n"
-    )
+    code = """
+import sys, time
+import skymoe.upcycle.run as module
+from skymoe.base.config import check_config
+from skymoe.upcycle.config import UpcycleConfig
+
+def wait(*args, **options):
+    print("measuring", flush=True)
+    time.sleep(60)
+
+module.measure = wait
+module.run(check_config(UpcycleConfig, {"source": sys.argv[1], "out": sys.argv[2]}))
+"""
     child = subprocess.Popen([sys.executable, "-c", code, dense, tmp_path / "moe"], stdout=subprocess.PIPE)
     assert child.stdout.readline() == b"measuring\n"  # all weights are written, nothing is published
     child.send_signal(signal.SIGKILL)
     child.wait(timeout=30)
     child.stdout.close()
     assert not (tmp_path / "moe").exists()
-    deadline = time.monotonic() + 5
-    while time.monotonic() < deadline and (tmp_path / "moe").exists():
-        pytest.fail("the output appeared after the kill")
     assert run(config(dense, tmp_path / "moe")).exact  # and the next run works

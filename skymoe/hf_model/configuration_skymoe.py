@@ -1,0 +1,75 @@
+# Copyright 2026 The skymoe authors. Licensed under the Apache License, Version 2.0.
+"""SkyMoE's configuration, for `trust_remote_code=True`. Written by skymoe beside the weights; needs transformers."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedConfig
+
+
+class SkyMoeConfig(PreTrainedConfig):
+    """A decoder whose layers are dense or mixtures of experts, with optional gating logit normalization.
+
+    Skywork-MoE (arXiv 2406.06563), Eq. 6: the router's logits z of each token become
+    `gate_norm_scale * (z - mean(z)) / (std(z) + gate_norm_eps)` before the softmax, `std` with `gate_norm_ddof`.
+    `moe_layers` lists the mixture layers; None means all of them.
+    """
+
+    model_type = "skymoe"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {"num_experts": "num_local_experts"}
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 8192
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    rope_parameters: dict | None = None
+    attention_dropout: float = 0.0
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    sliding_window: int | None = None
+    layer_types: list[str] | None = None
+    num_local_experts: int = 0
+    num_experts_per_tok: int = 2
+    moe_intermediate_size: int = 11008
+    shared_expert_intermediate_size: int = 0
+    norm_topk_prob: bool = True
+    expert_bias: bool = False
+    moe_layers: list[int] | None = None
+    gate_norm: bool = False
+    gate_norm_scale: float = 1.0
+    gate_norm_ddof: int = 1
+    gate_norm_eps: float = 1e-6
+    gate_norm_subtract_mean: bool = True
+    output_router_logits: bool = False
+    router_aux_loss_coef: float = 0.001
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.layer_types is None:
+            kind = "full_attention" if self.sliding_window is None else "sliding_attention"
+            self.layer_types = [kind] * self.num_hidden_layers
+        super().__post_init__(**kwargs)
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Whether `layer` is a mixture of experts."""
+        return self.num_local_experts > 0 and (self.moe_layers is None or layer in self.moe_layers)
+
+
+__all__ = ["SkyMoeConfig"]
