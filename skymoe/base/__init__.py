@@ -1,1 +1,1 @@
-"""Floor 0: errors, dtype names, configuration files, logging. No torch."""
+"""Floor 0: errors, dtype names, recipes, progress, files that are there whole or not at all. No torch."""

@@ -65,6 +65,18 @@ def render_fields(fields: dict[str, object]) -> str:
     return "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in fields.items())
 
 
+def _count(done: float, total: float | None) -> str:
+    """`1,200/4,000`, or `1,200` when nobody knows the total."""
+    shown = [f"{n:,.0f}" if n >= 100 or n == round(n) else f"{n:.1f}" for n in (done, total) if n is not None]
+    return "/".join(shown)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
 class _Silent:
     def advance(self, n: float = 1, /, **fields: object) -> None:
         pass
@@ -93,8 +105,7 @@ class _Count(ProgressColumn):
     """`120/400`, or `120` when there is no total."""
 
     def render(self, task: Task) -> Text:
-        total = "" if task.total is None else f"/{task.total:g}"
-        return Text(f"{task.completed:g}{total}", style="progress.percentage")
+        return Text(_count(task.completed, task.total), style="progress.percentage")
 
 
 def _rich_progress() -> RichProgress:
@@ -117,6 +128,7 @@ class _Lines:
         self._description, self._total, self._unit = description, total, unit
         self._done = 0.0
         self._fields: dict[str, object] = {}
+        self._printed: tuple[float, dict[str, object]] | None = None
         self._start = self._last_line = time.monotonic()
 
     def advance(self, n: float = 1, /, **fields: object) -> None:
@@ -127,18 +139,23 @@ class _Lines:
         self._fields |= fields
         if time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
-            logger.info(self._line())
+            self._print()
 
     def finish(self) -> None:
-        """The last line."""
-        logger.info(self._line())
+        """Print the last state, unless it is printed already."""
+        self._print()
+
+    def _print(self) -> None:
+        state = self._done, dict(self._fields)
+        if state != self._printed:
+            self._printed = state
+            logger.info(self._line())
 
     def _line(self) -> str:
         seconds = time.monotonic() - self._start
-        total = f"/{self._total:g}" if self._total is not None else ""
-        parts = [f"{self._description}: {self._done:g}{total} {self._unit}".rstrip(), f"{seconds:.0f} s"]
+        parts = [f"{self._description}: {_count(self._done, self._total)} {self._unit}".rstrip(), _duration(seconds)]
         if self._total and 0 < self._done < self._total:
-            parts.append(f"{seconds * (self._total / self._done - 1):.0f} s left")
+            parts.append(f"{_duration(seconds * (self._total / self._done - 1))} left")
         if self._fields:
             parts.append(render_fields(self._fields))
         return ", ".join(parts)

@@ -32,7 +32,7 @@ def test_plain_lines_on_standard_error(capsys: pytest.CaptureFixture[str], monke
     out, err = capsys.readouterr()
     lines = err.splitlines()
     assert out == ""
-    assert len(lines) == 3
+    assert len(lines) == 2
     assert lines[0].startswith("train: 1/3 step, 0 s, 0 s left, loss 3.142  phase [warm]")
     assert lines[-1] == "train: 3/3 step, 0 s, loss 3.142  phase [warm]"
 
@@ -43,6 +43,15 @@ def test_few_lines_and_one_at_the_end(capsys: pytest.CaptureFixture[str]) -> Non
         for _ in range(1000):
             bar.advance(0.5)
     assert capsys.readouterr().err == "read: 500 MB, 0 s\n"
+
+
+@pytest.mark.parametrize(
+    ("done", "total", "shown"),
+    [(0, 3, "0/3"), (1e6, 2e6, "1,000,000/2,000,000"), (0.25, 20.9925, "0.2/21.0"), (7, None, "7")],
+)
+def test_counts_are_readable(done: float, total: float | None, shown: str) -> None:
+    assert module._count(done, total) == shown
+    assert [module._duration(s) for s in (0.4, 119, 600, 9000)] == ["0 s", "119 s", "10 min", "2.5 h"]
 
 
 def test_quiet_and_unasked_programs_see_nothing(capsys: pytest.CaptureFixture[str]) -> None:
