@@ -18,9 +18,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from skymoe.base.errors import ConfigError, MachineError
+from skymoe.base.errors import ConfigError, MachineError, printable
 
-_MACHINE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EMFILE}
+_MACHINE_ERRNOS = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EMFILE,
+}  # fmt: skip
 
 
 @contextmanager
@@ -32,7 +34,8 @@ def machine_errors(where: object) -> Iterator[None]:
         if error.errno not in _MACHINE_ERRNOS:
             raise
         hint = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-        raise MachineError(f"cannot write: {error.strerror}", where=where, hint=hint) from error
+        path = f" ({printable(error.filename)})" if error.filename and error.filename != where else ""
+        raise MachineError(f"the system refuses: {error.strerror}{path}", where=where, hint=hint) from error
 
 
 def fsync_dir(path: Path) -> None:

@@ -40,8 +40,15 @@ def train(job: Job, stop: StopRequest) -> None:
 
 
 def save(job: Job) -> None:
-    """Publish a generation. A failure is a warning or the end of the run, as the recipe says; older ones stay whole."""
+    """Publish a generation, unless a weight is not finite: what can be returned to must be sound.
+
+    A failure to write is a warning or the end of the run, as the recipe says; older generations stay whole.
+    """
     job.metrics.flush()
+    if bad := job.state.non_finite_weights():
+        logger.warning("step %d: not saved, not finite: %s", job.state.counters.step, ", ".join(bad[:5]))
+        job.event("save_refused", not_finite=bad[:5])
+        return
     try:
         save_state(job.state, job.checkpoints, identity=job.identity, keep=job.config.checkpoint.keep)
     except (MachineError, OSError) as error:

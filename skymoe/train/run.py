@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 
+from skymoe.base.errors import TrainingError
 from skymoe.model.save import save_pretrained
 from skymoe.train.config import TrainConfig
 from skymoe.train.job import Job
@@ -47,6 +48,12 @@ def _export(job: Job) -> None:
     out = config.run.dir / "model"
     if job.resumed_from == config.steps and out.exists():
         return  # the run was finished already
+    if bad := job.state.non_finite_weights():
+        raise TrainingError(
+            f"the trained weights are not finite: {', '.join(bad[:5])}",
+            where=config.run.dir,
+            hint="the last generation in checkpoints/ is sound; lower optimizer.lr, or set guard.non_finite=rollback",
+        )
     tokenizer = tokenizer_directory(config.data, config.model.path)
     save_pretrained(job.state.model, out, tokenizer_from=tokenizer, overwrite=True)
 

@@ -73,6 +73,10 @@ class TrainState:
     counters: Counters = field(default_factory=Counters)
     evaluation: dict[str, Any] | None = None
 
+    def non_finite_weights(self) -> list[str]:
+        """Names of parameters that hold NaN or infinity."""
+        return [name for name, parameter in self.model.named_parameters() if not bool(parameter.isfinite().all())]
+
 
 def save_state(state: TrainState, root: Path, *, identity: Mapping[str, Any], keep: int) -> Path:
     """Write the state as a new generation under `root`; returns its directory.

@@ -1,7 +1,7 @@
 """Real faults for real runs: a forked child that may die, and a hand on the n-th forward pass.
 
-Children are forks of the test process, so torch is imported once. They use one thread: a pool of OpenMP threads does not survive
-a fork.
+Children are forks of the test process, so torch is imported once. They use one thread: a pool of OpenMP threads does
+not survive a fork.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Child:
         os.kill(self.pid, number)
 
     def wait(self, timeout: float = 60.0) -> int:
-        """The exit code; minus the signal's number when a signal ended it. A child that hangs is killed and fails the test."""
+        """The exit code; minus the signal's number when a signal ended it. A child that hangs is killed, and fails."""
         deadline = time.monotonic() + timeout
         while True:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
@@ -96,7 +96,7 @@ def at_forward(number: int, fault: Callable[[Block, torch.Tensor], torch.Tensor 
 
 
 class Killer:
-    """Kills its own process at the n-th event inside the package: a Python call, or a C call such as write, fsync or rename.
+    """Kills its own process at the n-th event inside the package: a Python call, or a C call such as fsync or rename.
 
     Counting events of the main thread under `sys.setprofile` makes "any point of training or of a save" a number.
 

@@ -46,7 +46,7 @@ def reference(tmp_path_factory):
     counts = {}
     for within in ("", "save_state"):
         other = recipe(root, **STEPS, run={"dir": str(root / f"count{within}")})
-        counts[within] = count_events(other, root / "count", within)
+        counts[within] = count_events(other, root / "events", within)
     return root, counts
 
 

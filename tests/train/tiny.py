@@ -1,4 +1,4 @@
-"""A tiny model on a synthetic token file: what every training test is made of. Plain functions, importable by children."""
+"""A tiny model on a synthetic token file: what every training test is made of."""
 
 from __future__ import annotations
 
