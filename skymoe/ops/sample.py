@@ -46,7 +46,7 @@ def sample(
         raise SkymoeError(
             "the model's logits are not finite, so there is no next token",
             why="weights or activations hold NaN or infinity",
-            hint="check the weights with `skymoe inspect`, or load them in float32",
+            hint="load the model in float32; if that does not help, its weights are broken",
         )
     if temperature == 0:
         return logits_BV.argmax(-1)

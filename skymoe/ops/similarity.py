@@ -99,4 +99,4 @@ def _squared_sum(part_EX: Tensor, scale_E: Tensor) -> float:
 
 
 def _clip(cosine: float) -> float:
-    return max(-1.0, min(1.0, cosine))
+    return max(min(cosine, 1.0), -1.0)  # in this order a NaN stays a NaN
