@@ -35,6 +35,11 @@ def max_abs_difference(left: memoryview, right: memoryview, dtype: DType) -> flo
 
 def decode(raw: memoryview, dtype: DType) -> NDArray[np.float64]:
     """The elements as fp64 (integers above 2**53 are rounded)."""
+    with np.errstate(invalid="ignore"):  # a signalling NaN becomes a quiet one
+        return _decode(raw, dtype)
+
+
+def _decode(raw: memoryview, dtype: DType) -> NDArray[np.float64]:
     if dtype is DType.BFLOAT16:  # the upper half of an fp32
         return (np.frombuffer(raw, np.uint16).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
     if dtype is DType.FLOAT8_E5M2:  # the upper half of an fp16

@@ -145,7 +145,9 @@ def _check_one_lineage(one: Listed, latest: Latest, digests: Mapping[int, str]) 
     what = ""
     if one.manifest.run != latest.run:
         what = "belongs to another run than LATEST"
-    elif digests.get(one.manifest.serial, one.manifest_sha256) != one.manifest_sha256:
+    elif digests.get(one.manifest.serial, one.manifest_sha256) != one.manifest_sha256 or (
+        one.path.name == latest.generation and one.manifest.serial < latest.serial
+    ):
         what = "is not the manifest that was published here: an older or foreign copy"
     return replace(one, problems=(Problem(MANIFEST_NAME, "", what),)) if what else one
 

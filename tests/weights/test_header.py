@@ -1,4 +1,4 @@
-"""The safetensors header: honest files are read exactly, hostile ones refused by name, and nothing else ever happens."""
+"""The safetensors header: honest files are read exactly, hostile ones refused by name, nothing else ever happens."""
 
 from __future__ import annotations
 
@@ -48,7 +48,9 @@ HOSTILE = {
     "deep json": container(b'{"w":' * 50_000 + b"1" + b"}" * 50_000),
     "deep list": container(b'{"w":' + b"[" * 200_000 + b"]" * 200_000 + b"}"),
     "huge integer": container(b'{"w":{"dtype":"F32","shape":[' + b"9" * 5000 + b'],"data_offsets":[0,24]}}', DATA),
-    "duplicate tensor": container(b'{"w":' + json.dumps(F32).encode() + b',"w":' + json.dumps(F32).encode() + b"}", DATA),
+    "duplicate tensor": container(
+        b'{"w":' + json.dumps(F32).encode() + b',"w":' + json.dumps(F32).encode() + b"}", DATA
+    ),
     "duplicate field": container(b'{"w":{"dtype":"F32","dtype":"F16","shape":[2,3],"data_offsets":[0,24]}}', DATA),
     "duplicate metadata": container(b'{"__metadata__":{"a":"1","a":"2"},"w":' + json.dumps(F32).encode() + b"}", DATA),
     "metadata of numbers": container({"__metadata__": {"a": 1}, "w": F32}, DATA),

@@ -34,7 +34,11 @@ def tensors(tmp_path: Path) -> dict[str, torch.Tensor]:
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(-1).view(torch.uint8), b.view(-1).view(torch.uint8))
+    return (
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and torch.equal(a.view(-1).view(torch.uint8), b.view(-1).view(torch.uint8))
+    )
 
 
 def test_every_dtype_is_read_exactly(tensors: dict[str, torch.Tensor], tmp_path: Path) -> None:

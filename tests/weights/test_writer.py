@@ -1,4 +1,4 @@
-"""ShardedWriter: any order of arrival gives the same bytes, others can read them, and nothing is ever missing silently."""
+"""ShardedWriter: any order of arrival gives the same bytes, others read them, nothing is missing silently."""
 
 from __future__ import annotations
 
@@ -41,7 +41,9 @@ def test_one_shard_is_one_file_that_the_reference_library_reads(tmp_path: Path) 
     assert sorted(path.name for path in (tmp_path / "m").iterdir()) == ["model.safetensors"]
     loaded = load_file(files[0])
     assert loaded.keys() == TENSORS.keys()
-    assert all(torch.equal(loaded[n].view(torch.uint8), TENSORS[n].view(torch.uint8)) for n in loaded if loaded[n].dim())
+    assert all(
+        torch.equal(loaded[n].view(torch.uint8), TENSORS[n].view(torch.uint8)) for n in loaded if loaded[n].dim()
+    )
 
 
 def test_bytes_do_not_depend_on_the_order_of_arrival(tmp_path: Path) -> None:
@@ -53,7 +55,9 @@ def test_bytes_do_not_depend_on_the_order_of_arrival(tmp_path: Path) -> None:
 
 def test_shards_and_index(tmp_path: Path) -> None:
     files = write(tmp_path / "m", list(TENSORS), 64)
-    assert [path.name for path in files] == [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
+    assert [path.name for path in files] == [
+        f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)
+    ]
     assert len(files) > 2
     index = json.loads((tmp_path / "m" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in TENSORS.values())
