@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -15,6 +16,7 @@ from skymoe.spec.model import GateNormSpec, ModelSpec
 from skymoe.spec.presets import preset
 from skymoe.train.config import TrainConfig
 from skymoe.train.model_config import ModelConfig
+from skymoe.train.objective import moe_modules
 
 
 def resolve_spec(config: TrainConfig) -> ModelSpec:
@@ -53,10 +55,11 @@ def build_model(
     else:
         model = _with_spec(load(config.path), spec)
     model.to(device=device, dtype=dtype)
-    for layer in spec.moe_layer_ids:
-        router = model.layers[layer].moe.router
-        if router.expert_bias is not None:
-            router.expert_bias = router.expert_bias.float()  # it moves in steps of 1e-3, which bf16 would swallow
+    for moe in moe_modules(model):
+        if moe.router.expert_bias is not None:
+            moe.router.expert_bias = (
+                moe.router.expert_bias.float()
+            )  # it moves in steps of 1e-3, which bf16 would swallow
     return model
 
 
@@ -70,7 +73,7 @@ def _given_spec(config: ModelConfig) -> ModelSpec:
 
 
 def _with_overrides(spec: ModelSpec, config: ModelConfig) -> ModelSpec:
-    changes: dict[str, object] = {}
+    changes: dict[str, Any] = {}
     if config.gate_norm is not None:
         kept = spec.moe.gate_norm if spec.moe else None
         changes["gate_norm"] = (kept or GateNormSpec()) if config.gate_norm else None

@@ -27,7 +27,7 @@ from skymoe.model.transformer import Transformer
 from skymoe.ops.loss import linear_cross_entropy
 from skymoe.ops.similarity import expert_similarity
 from skymoe.train.batches import micro_batch
-from skymoe.train.objective import autocast
+from skymoe.train.objective import autocast, moe_modules
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,7 @@ def evaluate(model: Transformer, held: Held, *, compute: torch.dtype | None, dev
 
 def layer_similarities(model: Transformer) -> list[float]:
     """Mean pairwise cosine between the experts of each MoE layer."""
-    experts = [model.layers[layer].moe.experts for layer in model.spec.moe_layer_ids]
-    return [expert_similarity(layer.gate_up, layer.down) for layer in experts]
+    return [expert_similarity(moe.experts.gate_up, moe.experts.down) for moe in moe_modules(model)]
 
 
 def _evaluate_domain(

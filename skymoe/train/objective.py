@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from skymoe.model.moe import MoE
 from skymoe.model.transformer import HiddenOutput, Transformer
 from skymoe.ops.balance import AuxLoss, GateTotals, aux_loss, capacity, gate_totals, loss_value, z_loss
 from skymoe.ops.loss import linear_cross_entropy
@@ -92,6 +93,11 @@ def accumulate_gradients(
         z += z_term.detach() if isinstance(z_term, Tensor) else z_term
         sums = [a.plus(b) for a, b in zip(sums, totals_L, strict=True)] if sums else totals_L
     return StepSums(loss=loss, z=z, totals_L=sums, routings=out.routings, last=micro)
+
+
+def moe_modules(model: Transformer) -> list[MoE]:
+    """The MoE of each MoE layer, in layer order."""
+    return [module for module in model.layers.modules() if isinstance(module, MoE)]
 
 
 def forward(model: Transformer, micro: MicroBatch, objective: Objective) -> HiddenOutput:

@@ -27,7 +27,9 @@ def parameter_groups(
     parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig
 ) -> list[dict[str, object]]:
     """The groups as torch takes them; `lr_ratio` is our own key."""
-    routers, matrices, vectors = [], [], []
+    routers: list[nn.Parameter] = []
+    matrices: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
     for name, parameter in parameters:
         is_router = name.endswith("moe.router.weight")
         (routers if is_router else matrices if parameter.ndim > 1 else vectors).append(parameter)

@@ -12,7 +12,7 @@ from skymoe.ops.balance import drop_rate, update_expert_bias
 from skymoe.train.batches import StepBatch
 from skymoe.train.config import BalanceConfig
 from skymoe.train.guard import Action, Verdict
-from skymoe.train.objective import Objective, StepSums, accumulate_gradients
+from skymoe.train.objective import Objective, StepSums, accumulate_gradients, moe_modules
 from skymoe.train.state import TrainState
 
 
@@ -63,8 +63,7 @@ def rebalance(state: TrainState, sums: StepSums, num_tokens: int, balance: Balan
     counts_LE = [totals.counts_E for totals in sums.totals_L]
     drop_rate_L = [drop_rate(c, num_tokens=num_tokens, top_k=moe.top_k, capacity_factor=factor) for c in counts_LE]
     state.alpha.update(drop_rate_L)
-    if moe.expert_bias:
-        routers = [state.model.layers[layer].moe.router for layer in state.model.spec.moe_layer_ids]
-        for router, counts_E in zip(routers, counts_LE, strict=True):
-            update_expert_bias(router.expert_bias, counts_E, balance.expert_bias_rate)
+    for module, counts_E in zip(moe_modules(state.model), counts_LE, strict=True):
+        if module.router.expert_bias is not None:
+            update_expert_bias(module.router.expert_bias, counts_E, balance.expert_bias_rate)
     return drop_rate_L

@@ -7,7 +7,8 @@ warning: it never stops training. W&B's `offline` needs no account and asks noth
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,7 +39,7 @@ class Trackers:
             return
         scalars = flatten({key: value for key, value in line.items() if key not in ("kind", "step")}, line["kind"])
         for tracker in list(self._active):
-            self._guarded(tracker, lambda tracker=tracker: tracker.log(line["step"], scalars))
+            self._guarded(tracker, partial(tracker.log, line["step"], scalars))
 
     def close(self) -> None:
         """Close every tracker that still works."""
@@ -59,12 +60,11 @@ def flatten(value: Any, prefix: str) -> dict[str, float]:
         return {}
     if isinstance(value, (int, float)):
         return {prefix: float(value)}
+    items: Iterable[tuple[Any, Any]] = ()
     if isinstance(value, dict):
         items = value.items()
     elif isinstance(value, list):
         items = enumerate(value)
-    else:
-        return {}
     return {name: number for key, item in items for name, number in flatten(item, f"{prefix}/{key}").items()}
 
 
