@@ -6,6 +6,8 @@ import json
 from dataclasses import replace
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from skymoe.base.errors import ConfigError, FormatError
 from skymoe.spec.hf import config_from_spec, generation_config, read_config, spec_from_config
@@ -310,3 +312,37 @@ def test_a_config_that_is_no_file(tmp_path):
     (tmp_path / "config.json").mkdir()
     with pytest.raises(FormatError, match="not a regular file"):
         read_config(tmp_path)
+
+
+ROPE_KEYS = ["rope_scaling", "rope_parameters", "rope_type", "type", "factor", "rope_theta", "low_freq_factor",
+             "high_freq_factor", "original_max_position_embeddings", "beta_fast", "mscale"]  # fmt: skip
+JUNK = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from(["silu", "linear", "yarn", "llama3", "full_attention", "sliding_attention", 10**400, 1e18, -0.0]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(ROPE_KEYS), inner, max_size=4),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    base=st.sampled_from([LLAMA, MIXTRAL, SKYWORK, QWEN2, *map(config_from_spec, (ODD, PRESETS["skywork-moe"]))]),
+    model_type=st.sampled_from(["llama", "mixtral", "qwen2_moe", "qwen3_moe", "skymoe", "skywork", "qwen2", "mistral"]),
+    data=st.data(),
+)
+def test_any_junk_gives_a_spec_or_a_format_error(base, model_type, data):
+    config = dict(base) | {"model_type": model_type, "num_experts": 4, "moe_intermediate_size": 8}
+    more = ("layer_types", "sliding_window", "mlp_only_layers", "use_sliding_window", "moe_layers")
+    names = st.sampled_from(sorted({*config, *ROPE_KEYS, *more}))
+    config |= data.draw(st.dictionaries(names, JUNK, max_size=4))
+    try:
+        spec = spec_from_config(config)
+    except FormatError as error:
+        assert "config.json" in str(error)
+        assert len(str(error)) < 3000
+        return
+    assert carried(spec)[0].num_layers == spec.num_layers

@@ -246,3 +246,24 @@ module.run(check_config(UpcycleConfig, {"source": sys.argv[1], "out": sys.argv[2
     child.stdout.close()
     assert not (tmp_path / "moe").exists()
     assert run(config(dense, tmp_path / "moe")).exact  # and the next run works
+
+
+def test_memory_is_bounded_by_a_tensor_not_by_a_model(oracle, tmp_path):
+    sizes = dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=8)
+    dense = oracle.make(tmp_path / "dense", "llama", num_key_value_heads=8, **sizes)
+    code = """
+import resource, sys
+from skymoe.base.config import check_config
+from skymoe.upcycle.config import UpcycleConfig
+from skymoe.upcycle.run import run
+
+options = {"source": sys.argv[1], "receipt_tokens": 0}
+run(check_config(UpcycleConfig, options | {"out": sys.argv[2] + "-small", "experts": 2}))  # imports and buffers
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+report = run(check_config(UpcycleConfig, options | {"out": sys.argv[2], "experts": 16}))
+print(report.bytes_written, 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+"""
+    done = subprocess.run([sys.executable, "-c", code, dense, tmp_path / "moe"], capture_output=True, check=True)
+    written, more_memory = map(int, done.stdout.split())
+    assert written > 300_000_000
+    assert more_memory < 30_000_000  # the largest tensor is 1 MB
