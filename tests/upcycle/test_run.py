@@ -248,6 +248,7 @@ module.run(check_config(UpcycleConfig, {"source": sys.argv[1], "out": sys.argv[2
     assert run(config(dense, tmp_path / "moe")).exact  # and the next run works
 
 
+@pytest.mark.slow
 def test_memory_is_bounded_by_a_tensor_not_by_a_model(oracle, tmp_path):
     sizes = dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=8)
     dense = oracle.make(tmp_path / "dense", "llama", num_key_value_heads=8, **sizes)
