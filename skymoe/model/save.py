@@ -25,6 +25,7 @@ from skymoe.model.transformer import Transformer
 from skymoe.spec.hf import CONFIG_NAME, config_from_spec, generation_config
 from skymoe.spec.hf_families import carried
 from skymoe.spec.model import Architecture, ModelSpec
+from skymoe.weights.buffers import torch_dtype
 from skymoe.weights.names import tensor_table
 from skymoe.weights.writer import DEFAULT_SHARD_BYTES, ShardedWriter
 
@@ -83,7 +84,7 @@ def save_pretrained(
         with ShardedWriter(staging, plan, max_shard_bytes=max_shard_bytes) as writer:
             for (name, place), (_, planned, _) in zip(table.items(), plan, strict=True):
                 tensor = parameters[place.parameter][place.index].detach()
-                writer.add(name, tensor.to(getattr(torch, planned)))
+                writer.add(name, tensor.to(torch_dtype(planned)))
         write_documents(staging, spec, stored, source=tokenizer_from, provenance=provenance)
         for name, content in (extra_files or {}).items():
             write_atomic(staging / name, content)

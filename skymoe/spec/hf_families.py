@@ -11,9 +11,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from skymoe.spec.fields import Fields
+from skymoe.spec.hf_window import (
+    FULL,
+    SLIDING,
+    layer_types,
+    read_layer_window,
+    read_whole_window,
+    read_window,
+    require_layer_types,
+    write_layer_window,
+)
 from skymoe.spec.model import Architecture, ModelSpec, RopeScaling
-
-FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +105,7 @@ def _uncarried_ffn(spec: ModelSpec) -> list[str]:
 
 
 def _read_none(fields: Fields, num_layers: int) -> dict[str, Any]:
-    _require_layer_types(fields, num_layers, FULL)
+    require_layer_types(fields, num_layers, FULL)
     return {}
 
 
@@ -106,7 +114,7 @@ def _write_none(spec: ModelSpec) -> dict[str, Any]:
 
 
 def _read_llama(fields: Fields, num_layers: int) -> dict[str, Any]:
-    _require_layer_types(fields, num_layers, FULL)
+    require_layer_types(fields, num_layers, FULL)
     bias = fields.flag("attention_bias", False)
     return {"qkv_bias": bias, "o_bias": bias, "mlp_bias": fields.flag("mlp_bias", False)}
 
@@ -116,17 +124,11 @@ def _write_llama(spec: ModelSpec) -> dict[str, Any]:
 
 
 def _read_mistral(fields: Fields, num_layers: int) -> dict[str, Any]:
-    return _read_whole_window(fields, num_layers, default=4096)
+    return read_whole_window(fields, num_layers, default=4096)
 
 
 def _read_mixtral(fields: Fields, num_layers: int) -> dict[str, Any]:
-    return _read_whole_window(fields, num_layers, default=None)
-
-
-def _read_whole_window(fields: Fields, num_layers: int, default: int | None) -> dict[str, Any]:
-    window = _window(fields) if fields.has("sliding_window") else default
-    _require_layer_types(fields, num_layers, FULL if window is None else SLIDING)
-    return {"sliding_window": window}
+    return read_whole_window(fields, num_layers, default=None)
 
 
 def _write_window(spec: ModelSpec) -> dict[str, Any]:
@@ -136,40 +138,40 @@ def _write_window(spec: ModelSpec) -> dict[str, Any]:
 def _read_qwen2(fields: Fields, num_layers: int) -> dict[str, Any]:
     return {
         "qkv_bias": True,
-        **_read_layer_window(fields, num_layers, fields.integer("max_window_layers", 28, minimum=0)),
+        **read_layer_window(fields, num_layers, fields.integer("max_window_layers", 28, minimum=0)),
     }
 
 
 def _read_qwen3(fields: Fields, num_layers: int) -> dict[str, Any]:
     bias = fields.flag("attention_bias", False)
-    window = _read_layer_window(fields, num_layers, fields.integer("max_window_layers", 28, minimum=0))
+    window = read_layer_window(fields, num_layers, fields.integer("max_window_layers", 28, minimum=0))
     return {"qkv_bias": bias, "o_bias": bias, "qk_norm": True, **window}
 
 
 def _write_qwen2(spec: ModelSpec) -> dict[str, Any]:
-    return _write_layer_window(spec)
+    return write_layer_window(spec)
 
 
 def _write_qwen3(spec: ModelSpec) -> dict[str, Any]:
-    return {"attention_bias": spec.qkv_bias, **_write_layer_window(spec)}
+    return {"attention_bias": spec.qkv_bias, **write_layer_window(spec)}
 
 
 def _read_qwen2_moe(fields: Fields, num_layers: int) -> dict[str, Any]:
     # Without layer_types the class alternates sliding and full layers, which no ModelSpec says.
     if fields.flag("use_sliding_window", False) and "layer_types" not in fields:
         raise fields.error("layer_types", "is missing", why="with use_sliding_window it decides which layers slide")
-    return {"qkv_bias": fields.flag("qkv_bias", True), **_read_layer_window(fields, num_layers, num_layers)}
+    return {"qkv_bias": fields.flag("qkv_bias", True), **read_layer_window(fields, num_layers, num_layers)}
 
 
 def _write_qwen2_moe(spec: ModelSpec) -> dict[str, Any]:
-    return {"qkv_bias": spec.qkv_bias, **_write_layer_window(spec)}
+    return {"qkv_bias": spec.qkv_bias, **write_layer_window(spec)}
 
 
 def _read_qwen3_moe(fields: Fields, num_layers: int) -> dict[str, Any]:
     bias = fields.flag("attention_bias", False)
     sliding = fields.flag("use_sliding_window", False)
-    window = (_window(fields) if fields.has("sliding_window") else 4096) if sliding else None
-    _require_layer_types(fields, num_layers, FULL if window is None else SLIDING)
+    window = (read_window(fields) if fields.has("sliding_window") else 4096) if sliding else None
+    require_layer_types(fields, num_layers, FULL if window is None else SLIDING)
     return {"qkv_bias": bias, "o_bias": bias, "qk_norm": True, "sliding_window": window}
 
 
@@ -180,7 +182,7 @@ def _write_qwen3_moe(spec: ModelSpec) -> dict[str, Any]:
 
 def _read_skymoe(fields: Fields, num_layers: int) -> dict[str, Any]:
     flags = {name: fields.flag(name, False) for name in ("qkv_bias", "o_bias", "mlp_bias", "qk_norm")}
-    return {**flags, **_read_layer_window(fields, num_layers, 0, switch=fields.raw("sliding_window") is not None)}
+    return {**flags, **read_layer_window(fields, num_layers, 0, switch=fields.raw("sliding_window") is not None)}
 
 
 def _write_skymoe(spec: ModelSpec) -> dict[str, Any]:
@@ -188,61 +190,13 @@ def _write_skymoe(spec: ModelSpec) -> dict[str, Any]:
     return {
         **flags,
         "sliding_window": spec.sliding_window,
-        "layer_types": _layer_types(spec),
+        "layer_types": layer_types(spec),
         "auto_map": {  # for transformers with trust_remote_code; we never look at it
             "AutoConfig": "configuration_skymoe.SkyMoeConfig",
             "AutoModel": "modeling_skymoe.SkyMoeModel",
             "AutoModelForCausalLM": "modeling_skymoe.SkyMoeForCausalLM",
         },
     }
-
-
-def _read_layer_window(fields: Fields, num_layers: int, first: int, *, switch: bool | None = None) -> dict[str, Any]:
-    """Window size and first windowed layer, from `layer_types` where given, else from `first`."""
-    enabled = fields.flag("use_sliding_window", False) if switch is None else switch
-    window = (_window(fields) if fields.has("sliding_window") else 4096) if enabled else None
-    if kinds := _read_layer_types(fields, num_layers):
-        first = kinds.index(SLIDING) if SLIDING in kinds else num_layers
-        if FULL in kinds[first:]:
-            raise fields.error(
-                "layer_types", "has full attention after a sliding layer", why="that order is not supported"
-            )
-        if window is None and first < num_layers:
-            raise fields.error("layer_types", "names sliding layers, but no sliding window is in use")
-    if window is None or first >= num_layers:
-        return {"sliding_window": None, "sliding_first_layer": 0}
-    return {"sliding_window": window, "sliding_first_layer": first}
-
-
-def _write_layer_window(spec: ModelSpec) -> dict[str, Any]:
-    return {
-        "use_sliding_window": spec.sliding_window is not None,
-        "sliding_window": spec.sliding_window,
-        "max_window_layers": spec.sliding_first_layer if spec.sliding_window is not None else spec.num_layers,
-        "layer_types": _layer_types(spec),
-    }
-
-
-def _layer_types(spec: ModelSpec) -> list[str]:
-    return [FULL if spec.window(layer) is None else SLIDING for layer in range(spec.num_layers)]
-
-
-def _window(fields: Fields) -> int | None:
-    return fields.integer("sliding_window") if "sliding_window" in fields else None
-
-
-def _read_layer_types(fields: Fields, num_layers: int) -> tuple[str, ...]:
-    kinds = fields.texts("layer_types")
-    if kinds and len(kinds) != num_layers:
-        raise fields.error("layer_types", f"names {len(kinds)} layers, the model has {num_layers}")
-    if unknown := set(kinds) - {FULL, SLIDING}:
-        raise fields.error("layer_types", f"names {sorted(unknown)[0]!r}, which is not supported")
-    return kinds
-
-
-def _require_layer_types(fields: Fields, num_layers: int, expected: str) -> None:
-    if set(_read_layer_types(fields, num_layers)) - {expected}:
-        raise fields.error("layer_types", f"must be {expected} in every layer of this architecture")
 
 
 MOE_ARCHITECTURES = (

@@ -1,7 +1,8 @@
 """Split: N indivisible units in contiguous parts over R ranks, sizes free.
 
-Heads over tensor-parallel ranks [5,5,5,5,4,4,4,4], layers over pipeline stages [5,5,5,5,4], experts over expert-parallel
-ranks, FFN blocks over unequal GPUs: every division in the project is a Split. The non-uniform case is the normal one.
+Heads over tensor-parallel ranks [5,5,5,5,4,4,4,4], layers over pipeline stages [5,5,5,5,4], experts over
+expert-parallel ranks, FFN blocks over unequal GPUs: every division in the project is a Split. The non-uniform case is
+the normal one.
 """
 
 from __future__ import annotations

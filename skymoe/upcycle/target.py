@@ -106,7 +106,8 @@ def _skywork(dense: ModelSpec, wide: ModelSpec) -> ModelSpec:
     if dense.architecture not in _LLAMA_SHAPED:
         reasons.insert(0, f"{dense.architecture} is not Llama-shaped")
     if reasons:
-        raise ConfigError("the skywork format cannot carry this model", why="; ".join(reasons), hint="--format skymoe")
+        what, hint = "the skywork format cannot carry this model", "--set format=skymoe"
+        raise ConfigError(what, why="; ".join(reasons), hint=hint)
     return spec
 
 
