@@ -22,20 +22,23 @@ def cut_long(text: str, max_bytes: int) -> Iterator[str]:
 
 
 def pieces(stream: BinaryIO, max_bytes: int) -> Iterator[bytes]:
-    """The stream in pieces of at most `max_bytes`, cut after a newline, else between two characters."""
+    """The stream in pieces of at most `max_bytes` (4 or more), cut after a newline, else between two characters."""
     rest = b""
     while data := rest + stream.read(max_bytes - len(rest)):
         if len(data) < max_bytes:
             yield data
             return
-        end = data.rfind(b"\n") + 1
-        if end == 0:
-            end = len(data)
-            while end > len(data) - 4 and data[end - 1] & 0xC0 == 0x80:  # back over continuation bytes ...
-                end -= 1
-            end -= 1  # ... and the byte that leads them: it opens the next piece
+        end = data.rfind(b"\n") + 1 or _last_character(data)
         rest = data[end:]
         yield data[:end]
+
+
+def _last_character(data: bytes) -> int:
+    """Where the last character of `data` begins, which may lie across its end. Never 0: a piece holds something."""
+    start = len(data) - 1
+    while start > max(0, len(data) - 4) and data[start] & 0xC0 == 0x80:  # a continuation byte of UTF-8
+        start -= 1
+    return start or len(data)
 
 
 def lines(stream: BinaryIO, path: Path) -> Iterator[bytes]:
