@@ -203,6 +203,15 @@ def test_what_pads_contain_changes_no_bit_elsewhere(make, variant) -> None:
             assert (x.expert_ids_TK[~valid.flatten()] == model.spec.moe.num_experts).all()
 
 
+def test_a_batch_of_pads_only_is_harmless(make, variant) -> None:
+    model, tokens = make(**variant), random_tokens(1, 4)
+    out = model.hidden(tokens, BatchInfo(valid_BT=torch.zeros(1, 4, dtype=torch.bool)))
+    loss, count = linear_cross_entropy(out.hidden_BTD, model.head_weight, torch.full_like(tokens, -100))
+    loss.backward()
+    assert int(count) == 0 and all(int(r.counts_E.sum()) == 0 for r in out.routings)
+    assert all(p.grad is None or (p.grad == 0).all() for p in model.parameters())
+
+
 def test_gradients_with_pads_are_those_without_them(make, variant) -> None:
     model, tokens, targets = make(**variant, dtype=torch.float64), random_tokens(1, 5), random_tokens(1, 5, seed=1)
     loss, _ = linear_cross_entropy(model.hidden(tokens).hidden_BTD, model.head_weight, targets)

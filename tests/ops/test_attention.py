@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import skymoe.ops.attention
 from skymoe.ops.attention import attention_mask, causal_attention, reference_attention
 
 
@@ -46,7 +47,11 @@ def test_documents_and_a_cache_do_not_go_together() -> None:
 @pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (6, 2), (4, 1)])
 @pytest.mark.parametrize("case", ["causal", "window", "documents", "cache", "decode", "decode with a window"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_fast_attention_is_the_reference(heads: int, kv_heads: int, case: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("short", [0, 512], ids=["fused", "matmul"])
+def test_fast_attention_is_the_reference(
+    heads: int, kv_heads: int, case: str, dtype: torch.dtype, short: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(skymoe.ops.attention, "_SHORT", short)
     torch.manual_seed(0)
     num_keys = 11
     num_queries = {"cache": 4, "decode": 1, "decode with a window": 1}.get(case, num_keys)

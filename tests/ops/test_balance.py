@@ -116,6 +116,10 @@ def test_micro_batch_gradients_add_up_to_the_global_one(
     grads = [z.grad for z in parts if z.grad is not None]
     torch.testing.assert_close(torch.cat(grads), expected, rtol=1e-5, atol=1e-8)
     torch.testing.assert_close(loss_value(kind, totals, top_k=top_k), value.detach(), rtol=1e-6, atol=1e-9)
+    if kind is AuxLoss.SWITCH:  # linear in the probabilities, so that the parts' values add up as well
+        pairs = zip(routings, masks, strict=True)
+        surrogate = sum(aux_loss(kind, micro, totals, mask).detach() for micro, mask in pairs)
+        torch.testing.assert_close(surrogate, value.detach(), rtol=1e-6, atol=1e-9)
     if len(sizes) == 1:
         alone = route(whole, top_k=top_k, gate_norm=norm, valid_T=masks[0])
         (own,) = torch.autograd.grad(aux_loss(kind, alone, valid_T=masks[0]), whole)

@@ -154,6 +154,17 @@ def test_expert_bias_moves_the_choice_and_not_the_weights(norm: GateNormSpec | N
     assert biased.expert_ids_TK[:, 1].equal(best_other)
 
 
+@pytest.mark.parametrize("norm", [None, GateNormSpec()])
+def test_expert_bias_is_added_to_normalized_logits_or_else_to_probabilities(norm: GateNormSpec | None) -> None:
+    """0.1 is little beside a unit deviation and much beside probabilities around 1/16."""
+    z, bias_E = random_logits(200, 16), 0.1 * random_logits(1, 16, seed=1)[0]
+    scores_TE = normalize_logits(z, norm) if norm else z.softmax(-1)
+    expected = (scores_TE + bias_E).topk(2).indices
+    assert route(z, top_k=2, gate_norm=norm, expert_bias_E=bias_E).expert_ids_TK.equal(expected)
+    wrong = ((z.softmax(-1) if norm else z) + bias_E).topk(2).indices
+    assert not wrong.equal(expected)
+
+
 def test_pads_go_nowhere_and_count_nowhere() -> None:
     z = random_logits(7, 4)
     valid = torch.tensor([True, False, True, True, False, True, False])
