@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from skymoe.base.errors import ConfigError
+from skymoe.base.log import logger
 from skymoe.data import corpus as corpus_module
 from skymoe.data.corpus import DOMAINS, DemoCorpus, build_demo_corpus, hold_out
 from skymoe.data.evaluation import EvaluationWindows
@@ -84,6 +85,7 @@ def test_hold_out_stays_within_the_share() -> None:
 def test_a_python_without_sources_gets_synthetic_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    monkeypatch.setattr(logger, "propagate", True)  # a command line that ran before may have turned it off
     monkeypatch.setattr(corpus_module, "read_interpreter_text", lambda _: {name: [] for name in DOMAINS})
     corpus = build_demo_corpus(tmp_path / "c", vocab_size=300, max_bytes_per_domain=50_000)
     assert corpus.kind == "synthetic" and "using synthetic text" in caplog.text
