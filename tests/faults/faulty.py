@@ -36,7 +36,7 @@ class Child:
     def kill(self, number: int = signal.SIGKILL) -> None:
         os.kill(self.pid, number)
 
-    def wait(self, timeout: float = 60.0) -> int:
+    def wait(self, timeout: float = 300.0) -> int:
         """The exit code; minus the signal's number when a signal ended it. A child that hangs is killed, and fails."""
         deadline = time.monotonic() + timeout
         while True:
@@ -64,7 +64,7 @@ def _run(function: Callable[[], int]) -> int:
         return 70
 
 
-def wait_for(condition: Callable[[], bool], timeout: float = 60.0) -> None:
+def wait_for(condition: Callable[[], bool], timeout: float = 300.0) -> None:
     """Until `condition` holds."""
     deadline = time.monotonic() + timeout
     while not condition():
