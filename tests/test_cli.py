@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import typer
@@ -17,6 +18,9 @@ from hypothesis import strategies as st
 import skymoe
 from skymoe import cli
 from skymoe.cli.console import plain
+
+if TYPE_CHECKING:
+    from conftest import HfOracle
 
 ROOT = Path(__file__).parent.parent
 
@@ -112,6 +116,33 @@ def test_a_missing_model_exits_2(
     assert out == ""
     assert "no-such-model" in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_on_its_way(oracle: HfOracle, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """upcycle, inspect and ckpt on a real directory: data on standard output, exit codes that mean something."""
+    dense, moe = str(oracle.make(tmp_path / "dense", "llama")), str(tmp_path / "moe")
+    capsys.readouterr()
+
+    def data(*arguments: str, code: int = 0) -> dict[str, Any]:
+        assert call(*arguments, "--json", "-q") == code
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        return json.loads(out)
+
+    options = ["--method", "copy", "--experts", "3", "--top-k", "2", "--set", "receipt_tokens=8"]
+    receipt = data("upcycle", dense, moe, *options)
+    assert receipt["exact"] is True
+    assert receipt["max_abs_dlogit"] < 1e-4
+    assert {"kl", "reason"} <= receipt.keys()
+    assert (tmp_path / "moe" / "receipt.json").exists()
+    assert call("upcycle", dense, moe) == 2
+    assert "not empty" in capsys.readouterr().err
+    assert data("inspect", moe, "--headers-only")
+    assert call("inspect", moe) == 0
+    assert "experts" in capsys.readouterr().out
+    assert data("ckpt", "verify", moe)["problems"] == []
+    assert data("ckpt", "diff", moe, moe)["differences"] == []
+    assert data("ckpt", "diff", dense, moe, code=1)["differences"]
 
 
 def test_a_recipe_with_a_mistake_names_line_key_and_remedy(tmp_path: Path) -> None:

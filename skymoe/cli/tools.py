@@ -54,6 +54,8 @@ def data_build(
 def ckpt_ls(
     path: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, or its checkpoints folder.")],
     as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """List the checkpoint generations of a run, newest first."""
     from skymoe.base.config import check_config
@@ -67,6 +69,8 @@ def ckpt_ls(
 def ckpt_verify(
     path: Annotated[Path, typer.Argument(help="A generation, a run directory, or a model directory.")],
     as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Read every byte and compare it with its hash. Exit 0 intact, 1 damaged."""
     from skymoe.base.config import check_config
@@ -81,6 +85,8 @@ def ckpt_diff(
     left: Annotated[Path, typer.Argument(metavar="A", help="A generation, a run directory, or a model directory.")],
     right: Annotated[Path, typer.Argument(metavar="B", help="The same.")],
     as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Compare two states tensor by tensor. Exit 0 bit-equal, 1 different."""
     from skymoe.base.config import check_config
