@@ -125,11 +125,13 @@ def loss_chart(runs: Sequence[Run], colors: dict[str, str], max_points: int) -> 
         keep = thin(len(loss_S), max_points)
         xs = tuple(points(run.train[axis][keep]) for axis in AXES)
         mean_S = smooth(loss_S, _span(len(loss_S)))[keep]
-        faint = Line(run.name, xs, points(loss_S[keep]), colors[run.name], 1, opacity=0.25, hover=False, legend=False)
-        lines += [faint, Line(run.name, xs, points(mean_S), colors[run.name], 2.5)]
-    caption = (
-        "Cross-entropy of the training batches. Faint: each logged step. Strong: running mean over 2 % of the run."
-    )
+        if _span(len(loss_S)) >= 2:
+            faint = points(loss_S[keep])
+            lines.append(Line(run.name, xs, faint, colors[run.name], 1, opacity=0.25, hover=False, legend=False))
+        lines.append(Line(run.name, xs, points(mean_S), colors[run.name], 2.5))
+    caption = "Cross-entropy of the training batches."
+    if any(not line.legend for line in lines):
+        caption += " Faint: each logged step. Strong: running mean over 2 % of the run."
     return Chart("loss", "Training loss", caption, tuple(AXES), tuple(lines), "nats per token") if lines else None
 
 
@@ -182,7 +184,7 @@ def speed_chart(runs: Sequence[Run], colors: dict[str, str], max_points: int) ->
             value_S = smooth(speed_S, _span(len(speed_S)))[keep]
             lines.append(Line(run.name, (points(run.train["tokens"][keep]),), points(value_S), colors[run.name]))
     caption = (
-        "Raw tokens per second of the training loop, evaluations and saves excluded; running mean over 2 % of the run."
+        "Raw tokens per second of the training loop, without evaluations and saves; running mean over 2 % of the run."
     )
     title = "Training speed"
     return (

@@ -95,7 +95,9 @@ def _cards(material: Material, comparison: Comparison | None) -> list[Html]:
         cards.append(_card("At equal compute", percent(flops.change), spent, tone=_tone(flops.change)))
     moe = comparison.moe if comparison else material.runs[-1]
     if moe.header.get("parameters") is not None:
-        active = f"{count(moe.header.get('active_parameters'))} active per token"
+        active = (
+            f"{count(moe.header.get('active_parameters'))} active per token" if moe.is_moe else "all of them active"
+        )
         cards.append(_card("Parameters", count(moe.header["parameters"]), active))
     if "max_abs_dlogit" in material.receipt:
         exact = "exact" if material.receipt.get("exact") is True else "parity"
