@@ -1,8 +1,9 @@
 """The C allocator's habit that costs a CPU training step a third of its time, and how to break it.
 
-glibc serves every large block straight from the kernel and gives it back when it is freed. A training step frees and takes the
-same activations over and over: each time the kernel maps fresh pages and fills them with zeros, a pass over memory
-that nobody asked for. Told to keep large blocks, the process reuses its own pages (figures in docs/performance.md).
+glibc serves every large block straight from the kernel and gives it back when it is freed. A training step frees and
+takes the same activations over and over: each time the kernel maps fresh pages and fills them with zeros, a pass over
+memory that nobody asked for. Told to keep large blocks, the process reuses its own pages (figures in
+docs/performance.md).
 """
 
 from __future__ import annotations

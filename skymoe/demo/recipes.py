@@ -1,8 +1,8 @@
 """The demo's three trainings as ordinary recipes, and how large they are. No torch.
 
-The dense parent is trained first. Then the *same* further tokens, in the same order, go to its mixture of experts and to the
-parent itself: the comparison that upcycling has to win. Both re-warm to the same share of the parent's peak rate and cool down
-to the same floor (upcycling facts: the learning rate matters most).
+The dense parent is trained first. Then the *same* further tokens, in the same order, go to its mixture of experts and
+to the parent itself: the comparison that upcycling has to win. Both re-warm to the same share of the parent's peak
+rate and cool down to the same floor (upcycling facts: the learning rate matters most).
 """
 
 from __future__ import annotations

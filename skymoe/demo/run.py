@@ -2,8 +2,9 @@
 
     corpus -> dense parent -> upcycle (receipt) -> train the MoE | continue the dense parent, same tokens -> sample -> report
 
-Each stage is an ordinary job with an ordinary recipe, and leaves an ordinary result: what the demo does in one command can be
-repeated, changed and looked at stage by stage. A stage whose result stands is not run again, so an interrupted demo goes on by the same command.
+Each stage is an ordinary job with an ordinary recipe, and leaves an ordinary result: what the demo does in one
+command can be repeated, changed and looked at stage by stage. A stage whose result stands is not run again, so an
+interrupted demo goes on by the same command.
 """
 
 from __future__ import annotations

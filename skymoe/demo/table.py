@@ -19,7 +19,8 @@ def show(report: DemoReport, console: Console) -> None:
         console.print(f"Interrupted and saved. The same command goes on:  skymoe demo --out {out}")
         return
     summary = report.summary
-    table = Table(title="held-out bits per byte (lower is better)", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    title = "held-out bits per byte (lower is better)"
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
     for heading in ("", *DOMAINS, "all", "tokens/s"):
         table.add_column(heading, justify="right" if heading else "left")
     rows = {"dense parent": "parent", "dense, continued": "dense", "mixture of experts": "moe"}
@@ -30,8 +31,9 @@ def show(report: DemoReport, console: Console) -> None:
         table.add_row(label, *cells, f"{speed:,.0f}" if speed else "")
     console.print(table)
     gain = summary["dense_bits_per_byte"] - summary["moe_bits_per_byte"]
-    verdict = f"{gain:.4f} bits per byte below" if gain > 0 else f"{-gain:.4f} bits per byte above: no gain this time over"
-    console.print(f"The mixture of experts ends {verdict} the dense parent continued on the same tokens.")
+    side = "below" if gain > 0 else "above: no gain this time over"
+    console.print(f"The mixture of experts ends {abs(gain):.4f} bits per byte {side}")
+    console.print("the dense parent continued on the same tokens.")
     receipt = summary["receipt"]
     exact = "exactly the parent's function" if receipt["exact"] else "not exactly the parent's function"
     console.print(f"It started as {exact} (max |dlogit| {receipt['max_abs_dlogit']:.1e}).")

@@ -1,10 +1,11 @@
 """Every initial weight, in one function.
 
-A tensor's values depend on the seed and its name alone, and the name carries the *global* layer id; an expert's values depend on its own
-index. So any rank of any layout can draw the part it owns and gets what a single process would have drawn.
+A tensor's values depend on the seed and its name alone, and the name carries the *global* layer id; an expert's
+values depend on its own index. So any rank of any layout can draw the part it owns and gets what a single process
+would have drawn.
 
-Rule: N(0, init_std); the projections that write into the residual stream (attention `o`, feed-forward `down`) are divided by
-sqrt(2 L), as in GPT-2, so that the stream's variance does not grow with depth. Norms are 1, biases 0.
+Rule: N(0, init_std); the projections that write into the residual stream (attention `o`, feed-forward `down`) are
+divided by sqrt(2 L), as in GPT-2, so that the stream's variance does not grow with depth. Norms are 1, biases 0.
 """
 
 from __future__ import annotations

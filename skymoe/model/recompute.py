@@ -1,10 +1,11 @@
 """Activation checkpointing that never re-routes.
 
-Under plain checkpointing the backward pass runs the layer again, router included; on another kernel, or after a change of the
-router's inputs in the last bit, some tokens would be sent to other experts than in the forward pass, and the gradient
-would be that of another function. Here the *choice* is kept: the result of every top-k is saved in the forward pass and handed back in the
-recomputation (selective checkpointing, by operator). It costs T*K ids a layer. Counts cannot be doubled, because they leave the layer as
-return values of the first forward; the recomputation returns nothing to anybody.
+Under plain checkpointing the backward pass runs the layer again, router included; on another kernel, or after a
+change of the router's inputs in the last bit, some tokens would be sent to other experts than in the forward pass,
+and the gradient would be that of another function. Here the *choice* is kept: the result of every top-k is saved in
+the forward pass and handed back in the recomputation (selective checkpointing, by operator). It costs T*K ids a
+layer. Counts cannot be doubled, because they leave the layer as return values of the first forward; the recomputation
+returns nothing to anybody.
 """
 
 from __future__ import annotations

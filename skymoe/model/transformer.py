@@ -41,7 +41,7 @@ class HiddenOutput(NamedTuple):
 
 
 class Transformer(nn.Module):
-    """A decoder-only language model as its spec says. Weights are uninitialised: see model/init.py and model/load.py."""
+    """A decoder-only language model as its spec says. Uninitialised: model/init.py or model/load.py fills it."""
 
     def __init__(self, spec: ModelSpec, *, experts: ExpertsBackend = ExpertsBackend.GROUPED) -> None:
         super().__init__()

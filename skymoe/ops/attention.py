@@ -18,7 +18,7 @@ def attention_mask(
     document_ids_BT: Tensor | None = None,
     device: torch.device | None = None,
 ) -> Tensor | None:
-    """Which key each query sees: bool broadcastable to (B, 1, T, S), or None when plain causality over T = S says it all.
+    """Which key each query sees: bool, broadcastable to (B, 1, T, S); None when causality over T = S says it all.
 
     Args:
         num_queries, num_keys: T and S; the queries are the last T positions.
@@ -39,7 +39,7 @@ def attention_mask(
     return mask[None, None]
 
 
-# On a CPU the fused kernel's backward costs more than the scores it saves until sequences are long (docs/performance.md).
+# On a CPU the fused kernel's backward costs more than the scores it saves, up to here (docs/performance.md).
 _SHORT = 512
 
 

@@ -94,8 +94,7 @@ def aux_loss(
         A scalar. Summed over the micro-batches of a step its gradient is that of the loss over the global batch. Its
         value is a surrogate: use `loss_value` for the figure to log.
     """
-    own = gate_totals(routing, valid_T)
-    totals = own if totals is None else totals
+    totals = gate_totals(routing, valid_T) if totals is None else totals
     num_experts, top_k = routing.probs_TE.shape[-1], routing.weights_TK.shape[-1]
     num_tokens = totals.num_tokens.clamp_min(1)  # a batch of pads only has no loss
     match kind:

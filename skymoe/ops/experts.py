@@ -1,7 +1,8 @@
 """All experts of a layer on the tokens sent to them: SwiGLU with the weights stacked over experts.
 
-`loop` is the reference: one expert after another, any dtype and any width. `grouped` is one `grouped_mm` per projection, which
-wants rows of a multiple of 16 bytes and no fp64; where it cannot go, `grouped` falls back to the loop, so odd widths work.
+`loop` is the reference: one expert after another, any dtype and any width. `grouped` is one `grouped_mm` per
+projection, which wants rows of a multiple of 16 bytes and no fp64; where it cannot go, `grouped` falls back to the
+loop, so odd widths work.
 
 Shapes: R rows in expert order, E experts, D model, F inner width. `gate_up_EGD` has G = 2F rows, the gate's first.
 """

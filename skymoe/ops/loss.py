@@ -1,7 +1,7 @@
 """Cross-entropy straight from hidden states, never holding the logits of more than one chunk of tokens.
 
-The logits of a batch are its largest tensor (T x V). Here each chunk's logits live while its loss *and* its gradient are
-formed, so the backward pass has nothing left to do but scale. Three matmuls per chunk, none repeated.
+The logits of a batch are its largest tensor (T x V). Here each chunk's logits live while its loss *and* its gradient
+are formed, so the backward pass has nothing left to do but scale. Three matmuls per chunk, none repeated.
 
 Shapes: N tokens, D model, V vocabulary.
 """

@@ -1,8 +1,8 @@
 """RMS normalization: formed in fp32, returned in the dtype of the matmul that follows.
 
-Torch runs this norm on a CPU as six separate passes forward and more backward, and autocast then casts its fp32 result once for each of the
-projections that read it. One autograd function with few passes over memory, and one cast, halves the cost of the norms in
-a CPU training step (docs/performance.md). `reference_rms_norm` is the specification.
+Torch runs this norm on a CPU as six separate passes forward and more backward, and autocast then casts its fp32
+result once for each of the projections that read it. One autograd function with few passes over memory, and one cast,
+halves the cost of the norms in a CPU training step (docs/performance.md). `reference_rms_norm` is the specification.
 """
 
 from __future__ import annotations
