@@ -1,7 +1,7 @@
 """Router kit ablation: gate normalization on/off x adaptive/fixed/no balance loss, at the same tokens.
 
     skymoe demo --out demo
-    python benchmarks/router_ablation.py --demo demo [--steps 120] [--json docs/assets/router_ablation.json] [--plots docs/assets]
+    python benchmarks/router_ablation.py --demo demo [--steps 120] [--seeds 7 8 9]
 
 Starts from the demo's dense parent, upcycles it with and without gate normalization (the same router weights), trains
 the six variants by recipes/router_ablation.yaml and compares what the paper speaks of: loss, drop rate, Max1/Max2 and

@@ -1,4 +1,4 @@
-"""Training throughput on this CPU: our step against transformers' models, beside the GEMM peak, and where our time goes.
+"""Training throughput on this CPU: our step against transformers', beside the GEMM peak, and where the time goes.
 
     python benchmarks/train_step.py [--repeats 5] [--out benchmarks/results/train_step.json]
 

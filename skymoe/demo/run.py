@@ -1,6 +1,6 @@
 """`skymoe demo`: a dense model becomes a better mixture of experts, on real text, on any machine.
 
-    corpus -> dense parent -> upcycle (receipt) -> train the MoE | continue the dense parent, same tokens -> sample -> report
+    corpus -> dense parent -> upcycle (receipt) -> train the MoE | continue the parent, same tokens -> samples -> report
 
 Each stage is an ordinary job with an ordinary recipe, and leaves an ordinary result: what the demo does in one
 command can be repeated, changed and looked at stage by stage. A stage whose result stands is not run again, so an
