@@ -34,6 +34,10 @@ def human_bytes(count: int) -> str:
     return f"{count} B"
 
 
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}" if number == 1 else f"{number} {word}s"
+
+
 def _show_ls(report: LsReport, out: Console) -> None:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for heading in ("generation", "step", "saved (UTC)", "size", "tensors", "status"):
@@ -52,8 +56,8 @@ def _show_verify(report: VerifyReport, out: Console) -> None:
     _show_notes(report.notes, out)
     lines = [": ".join(filter(None, (problem.file, problem.tensor, problem.what))) for problem in report.problems]
     _show_lines(lines, out)
-    what = f"{len(report.checked)} {'generations' if report.hashed else 'files'}, {human_bytes(report.num_bytes)}"
-    verdict = f"damaged: {len(lines)} problems in {what}" if lines else f"intact: {what}"
+    what = f"{_count(len(report.checked), 'generation' if report.hashed else 'file')}, {human_bytes(report.num_bytes)}"
+    verdict = f"damaged: {_count(len(lines), 'problem')} in {what}" if lines else f"intact: {what}"
     out.print(Text(verdict, style="bold red" if lines else "bold green"))
 
 
@@ -67,8 +71,8 @@ def _show_diff(report: DiffReport, out: Console) -> None:
         distance = "" if one.max_abs is None else f", max |A - B| = {one.max_abs:.4g}"
         lines.append(f"{one.name}: {one.what} {one.detail}{distance}".replace(" ,", ","))
     _show_lines(lines, out)
-    shared = f"{report.num_tensors} tensors, {human_bytes(report.num_bytes)}"
-    verdict = f"different: {len(lines)} differences; {shared} compared" if lines else f"bit-equal: {shared}"
+    shared = f"{_count(report.num_tensors, 'tensor')}, {human_bytes(report.num_bytes)}"
+    verdict = f"different: {_count(len(lines), 'difference')}; {shared} compared" if lines else f"bit-equal: {shared}"
     out.print(Text(verdict, style="bold red" if lines else "bold green"))
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from io import FileIO
 from pathlib import Path
+from typing import Self
 
 from torch import Tensor
 
@@ -15,7 +17,7 @@ from skymoe.weights.buffers import bytes_of, info_of
 from skymoe.weights.header import Header, plan_file, write_all
 from skymoe.weights.manifest import FileRecord, TensorRecord
 
-_INLINE_BYTES = 2**18  # below this, handing over to a thread costs more than the hash
+_MAX_LAG_BYTES = 2**28  # of a hash behind the write
 
 
 class TensorsToSave:
@@ -30,33 +32,53 @@ class TensorsToSave:
         self.tensors = tensors
         self.prefix, self.header = plan_file(infos, metadata)
 
-    def write(self, path: Path, pool: ThreadPoolExecutor) -> FileRecord:
+    def write(self, path: Path) -> FileRecord:
         """Write the file and push it to the disk. Writing and the two hashes, of file and tensor, run side by side."""
-        whole, digests = hashlib.sha256(self.prefix), {}
-        with FileIO(path, "xb") as file:
+        whole, digests = hashlib.sha256(self.prefix), {name: hashlib.sha256() for name in self.header.tensors}
+        with FileIO(path, "xb") as file, _Lane() as whole_lane, _Lane() as tensor_lane:
             write_all(file, self.prefix)
-            for name in self.header.tensors:
-                data, own = bytes_of(self.tensors[name]), hashlib.sha256()
-                if len(data) < _INLINE_BYTES:
-                    whole.update(data)
-                    own.update(data)
-                    write_all(file, data)
-                else:
-                    tasks = [pool.submit(whole.update, data), pool.submit(own.update, data)]
-                    write_all(file, data)
-                    for task in tasks:
-                        task.result()
-                digests[name] = own.hexdigest()
+            for name, digest in digests.items():
+                data = bytes_of(self.tensors[name])
+                whole_lane.submit(whole.update, data)
+                tensor_lane.submit(digest.update, data)
+                write_all(file, data)
             os.fsync(file.fileno())
-        return FileRecord(bytes=self.header.num_bytes, sha256=whole.hexdigest(), tensors=_records(self.header, digests))
+        hexadecimal = {name: digest.hexdigest() for name, digest in digests.items()}
+        return FileRecord(
+            bytes=self.header.num_bytes, sha256=whole.hexdigest(), tensors=_records(self.header, hexadecimal)
+        )
+
+
+class _Lane:
+    """One thread that hashes what it is given, in order. It lags by a bounded number of bytes, which stay in memory."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1)
+        self._waiting: deque[tuple[Future[None], int]] = deque()
+        self._lag = 0
+
+    def submit(self, update: Callable[[memoryview], None], data: memoryview) -> None:
+        self._waiting.append((self._pool.submit(update, data), len(data)))
+        self._lag += len(data)
+        while self._lag > _MAX_LAG_BYTES and len(self._waiting) > 1:
+            task, size = self._waiting.popleft()
+            task.result()
+            self._lag -= size
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._pool.shutdown()
+        for task, _ in self._waiting:
+            task.result()
 
 
 def write_files(
     directory: Path, files: Mapping[str, TensorsToSave], texts: Mapping[str, bytes]
 ) -> dict[str, FileRecord]:
     """Write tensor files and texts under their names, each pushed to the disk; what the manifest says of them."""
-    with ThreadPoolExecutor(2) as pool:
-        records = {name: file.write(directory / name, pool) for name, file in files.items()}
+    records = {name: file.write(directory / name) for name, file in files.items()}
     for name, text in texts.items():
         records[name] = FileRecord(bytes=len(text), sha256=hashlib.sha256(text).hexdigest())
         write_synced(directory / name, text)
