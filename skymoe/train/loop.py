@@ -44,13 +44,14 @@ def save(job: Job) -> None:
 
     A failure to write is a warning or the end of the run, as the recipe says; older generations stay whole.
     """
+    began = time.perf_counter()
     job.metrics.flush()
     if bad := job.state.non_finite_weights():
         logger.warning("step %d: not saved, not finite: %s", job.state.counters.step, ", ".join(bad[:5]))
         job.event("save_refused", not_finite=bad[:5])
         return
     try:
-        save_state(job.state, job.checkpoints, identity=job.identity, keep=job.config.checkpoint.keep)
+        path = save_state(job.state, job.checkpoints, identity=job.identity, keep=job.config.checkpoint.keep)
     except (MachineError, OSError) as error:
         if job.config.checkpoint.on_save_error == "abort":
             raise
@@ -58,6 +59,7 @@ def save(job: Job) -> None:
         job.event("save_failed", error=str(error))
         return
     job.state.guard.rollbacks = 0
+    job.event("save", generation=path.name, seconds=time.perf_counter() - began)
 
 
 def _before_the_first_step(job: Job) -> None:

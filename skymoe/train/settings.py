@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 from skymoe.base.errors import ConfigError, MachineError
 from skymoe.base.files import machine_errors
@@ -46,13 +50,14 @@ def torch_settings(config: TrainConfig) -> Iterator[torch.device]:
 
 @contextmanager
 def run_directory(directory: Path) -> Iterator[None]:
-    """Create the run directory and hold it: a second process on it is refused. The lock dies with the process."""
+    """Create the run directory and hold it: a second process on it is refused (not on Windows). It dies with us."""
     with machine_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fcntl is not None:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise MachineError(
                 "another process is training in this directory", where=directory, hint="choose another run.dir"

@@ -11,6 +11,7 @@ import torch
 
 from skymoe.base.config import dump_config
 from skymoe.base.document import read_document
+from skymoe.base.errors import ConfigError
 from skymoe.base.files import write_atomic
 from skymoe.base.log import logger
 from skymoe.data.evaluation import EvaluationWindows
@@ -99,6 +100,12 @@ def _find_generation(config: TrainConfig, identity: dict[str, Any]) -> Generatio
             check_same_run({**identity, "recipe": read_document(recipe).data}, identity, directory)
         return None
     saved = generation.document("state")
+    if generation.step > config.steps:
+        raise ConfigError(
+            f"this run is at step {generation.step} already, beyond the {config.steps} asked for",
+            where=directory,
+            hint="ask for more steps, or choose another run.dir",
+        )
     for key in check_same_run(saved, identity, directory):
         logger.info("resuming with another %s", key)
     if saved["torch"] != identity["torch"] or saved["threads"] != identity["threads"]:

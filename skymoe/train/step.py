@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from skymoe.ops.balance import drop_rate, update_expert_bias
 from skymoe.train.batches import StepBatch
 from skymoe.train.config import BalanceConfig
@@ -57,11 +59,14 @@ def train_step(
 def rebalance(state: TrainState, sums: StepSums, num_tokens: int, balance: BalanceConfig) -> list[float]:
     """Measure each layer's drop rate over the whole step, move alpha and the experts' biases; returns d per layer."""
     moe = state.model.spec.moe
-    if moe is None:
+    if moe is None or not sums.totals_L:
         return []
     factor = balance.capacity_factor
-    counts_LE = [totals.counts_E for totals in sums.totals_L]
-    drop_rate_L = [drop_rate(c, num_tokens=num_tokens, top_k=moe.top_k, capacity_factor=factor) for c in counts_LE]
+    counts_LE = torch.stack([totals.counts_E for totals in sums.totals_L])
+    drop_rate_L = [
+        drop_rate(counts_E, num_tokens=num_tokens, top_k=moe.top_k, capacity_factor=factor)
+        for counts_E in counts_LE.cpu()  # one transfer for all layers
+    ]
     state.alpha.update(drop_rate_L)
     for module, counts_E in zip(moe_modules(state.model), counts_LE, strict=True):
         if module.router.expert_bias is not None:

@@ -35,9 +35,10 @@ def test_what_a_run_leaves_behind(straight):
     lines = read_metrics(straight / "metrics.jsonl")
     assert [line["step"] for line in lines if line["kind"] == "train"] == [3, 6, 9, 12]
     assert [line["step"] for line in lines if line["kind"] == "eval"] == [0, 6, 12]
-    header, last = lines[0], lines[-2]
+    header, last = lines[0], [line for line in lines if line["kind"] == "train"][-1]
     assert (header["kind"], header["schema"], header["moe_layers"], header["parent"]) == ("run", 1, [0, 1], None)
     assert last["tokens"] == 12 * 5 * 19
+    assert [line["step"] for line in lines if line.get("event") == "save"] == [4, 8, 12]
     assert last["flops"] == pytest.approx(last["tokens"] * header["flops_per_token"])
     assert {name: len(values) for name, values in last["layers"].items()} == dict.fromkeys(
         ["drop_rate", "alpha", "max1_max2", "max2_max3", "load_cov", "dead_experts", "gate_entropy"], 2
@@ -119,6 +120,11 @@ def test_another_recipe_on_the_same_directory_is_refused_by_key(straight, change
         run(recipe(straight.parent, **{"spec": MIXTRAL, "steps": 14, **changes}))
     assert named in str(caught.value)
     assert (straight / "metrics.jsonl").read_bytes() == before
+
+
+def test_fewer_steps_than_are_done_are_refused(straight):
+    with pytest.raises(ConfigError, match="at step 12 already"):
+        run(recipe(straight.parent, spec=MIXTRAL, steps=7))
 
 
 def test_other_data_behind_the_same_path_is_refused(tmp_path):
