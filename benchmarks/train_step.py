@@ -91,9 +91,7 @@ def transformers_step(spec: ModelSpec, experts: str | None) -> Step:
     if spec.moe is None:
         model = LlamaForCausalLM(LlamaConfig(**sizes))
     else:
-        config = MixtralConfig(
-            **sizes, num_local_experts=EXPERTS, num_experts_per_tok=TOP_K, output_router_logits=True
-        )
+        config = MixtralConfig(**sizes, num_local_experts=EXPERTS, num_experts_per_tok=TOP_K, output_router_logits=True)
         if experts is not None:
             config._experts_implementation = experts
         model = MixtralForCausalLM(config)

@@ -133,9 +133,7 @@ def _recipe(
     schedule: ScheduleConfig,
 ) -> TrainConfig:
     def sources(side: str) -> tuple[SourceConfig, ...]:
-        return tuple(
-            SourceConfig(path=places.corpus / side / name, weight=w, name=name) for name, w in DOMAINS.items()
-        )
+        return tuple(SourceConfig(path=places.corpus / side / name, weight=w, name=name) for name, w in DOMAINS.items())
 
     return TrainConfig(
         run=RunConfig(dir=directory, seed=seed),
