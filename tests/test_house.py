@@ -203,6 +203,13 @@ def test_versions_agree() -> None:
     assert project["version"] == skymoe.__version__
 
 
+def test_every_extra_that_an_error_names_exists() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"].keys()
+    named = re.findall(r'MissingExtraError\([^)]*?"([\w,-]+)"\)', "".join(path.read_text("utf-8") for path in SOURCES))
+    assert len(named) >= 5
+    assert {extra for names in named for extra in names.split(",")} <= extras
+
+
 def test_constraints_satisfy_the_requirements() -> None:
     """Every direct dependency has a tested version, within the bounds of pyproject.toml."""
     requirements = pytest.importorskip("packaging.requirements")

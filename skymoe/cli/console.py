@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -73,18 +73,6 @@ def _pairs(data: Any, prefix: str = "") -> Iterator[tuple[str, object]]:
             yield prefix, ", ".join(_cell(item) for item in data)
     elif data is not None and data != "":
         yield prefix, data
-
-
-def print_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print a table; numbers stand to the right."""
-    rows = [list(row) for row in rows]
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for column, name in enumerate(header):
-        numbers = bool(rows) and all(isinstance(row[column], (int, float)) for row in rows)
-        table.add_column(name, justify="right" if numbers else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(_cell(cell)) for cell in row))
-    standard_output().print(table)
 
 
 def _cell(value: object) -> str:

@@ -249,8 +249,8 @@ class TrackConfig(Config):
     """Copies of the metrics elsewhere; `metrics.jsonl` stays the source of truth.
 
     Attributes:
-        tensorboard: write event files to `run.dir/tensorboard` (extra `track`).
-        wandb: Weights & Biases: `off`, `offline` (no account) or `online` (extra `track`).
+        tensorboard: write event files to `run.dir/tensorboard` (extra `track-tensorboard`).
+        wandb: Weights & Biases: `off`, `offline` (no account) or `online` (extra `track-wandb`).
         project: W&B project.
     """
 

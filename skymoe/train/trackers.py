@@ -97,7 +97,7 @@ class TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise MissingExtraError("track.tensorboard", "track") from error
+            raise MissingExtraError("track.tensorboard", "track-tensorboard") from error
         self._writer = SummaryWriter(str(directory), purge_step=first_step + 1)
 
     def log(self, step: int, scalars: dict[str, float]) -> None:
@@ -117,7 +117,7 @@ class WeightsAndBiases:
         try:
             import wandb
         except ImportError as error:
-            raise MissingExtraError("track.wandb", "track") from error
+            raise MissingExtraError("track.wandb", "track-wandb") from error
         self._run = wandb.init(
             project=config.project,
             name=directory.name,
