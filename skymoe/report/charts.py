@@ -111,7 +111,7 @@ def bits_chart(runs: Sequence[Run], parent: Run | None, colors: dict[str, str]) 
     if start is not None:
         caption += " Both runs start from the dense parent."
     return Chart(
-        "bits", "Bits per byte on held-out text", caption, tuple(AXES), tuple(lines), "bits per byte", height=360
+        "bits", "Bits per byte on held-out text", caption, tuple(AXES), tuple(lines), "bits per byte", height=310
     )
 
 

@@ -171,6 +171,8 @@ def _command(data: Mapping[str, Any], otherwise: str) -> str:
 def _show(value: object) -> str:
     if isinstance(value, str):
         return value[:2000]
+    if isinstance(value, float):
+        return f"{value:.6g}"
     return json.dumps(value, ensure_ascii=False, default=str)[:2000]
 
 

@@ -65,7 +65,7 @@ def balance(material: Material, colors: dict[str, str], max_points: int) -> Sect
         _Plot("drop_rate", "Token drop rate", ".1~%", "share of assignments above capacity",
               "What would be dropped at the nominal capacity. Training itself may be dropless.", from_zero=True),
         _Plot("alpha", "Coefficient α of the balance loss", ".3~f", "α",
-              "Follows the drop rate of its own layer: less balancing where there is little to balance.", steady=True),
+              "Follows its layer's drop rate: it fades where little is left to balance.", steady=True, from_zero=True),
     )  # fmt: skip
     intro = "How evenly tokens spread over the experts, and how hard training pushes for it, layer by layer."
     section = _router_section("balance", "Balance", intro, plots, material.runs, colors, max_points)

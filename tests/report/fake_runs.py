@@ -123,7 +123,7 @@ def write_demo(path: Path, *, steps: int = 300, layers: int = 6, experts: int = 
         {
             "prompt": "def read_lines(path",
             "dense": "):\n    \"\"\"Return the lines.\"\"\"\n    with open(path) as f:\n        return f.read",
-            "moe": ", encoding=None):\n    \"\"\"Return a list.\"\"\"\n    with open(path) as f:\n        return list(f)",
+            "moe": ", encoding=None):\n    \"\"\"A list.\"\"\"\n    with open(path) as f:\n        return list(f)",
         },
         {
             "prompt": "The list type is",

@@ -54,7 +54,8 @@
     const few = chart.lines.filter((line) => line.hover).length <= 10;
     const labelled = chart.lines.some((line) => line.end_label !== "");
     const values = chart.lines.flatMap((line) => line.y).filter((y) => y !== null);
-    const low = Math.min(...values), high = Math.max(...values), room = (high - low || 1) * 0.12;
+    const high = Math.max(...values), low = Math.min(...values, chart.from_zero ? 0 : Infinity);
+    const room = (high - low || Math.abs(high) || 1) * (labelled ? 0.12 : 0.06);
     return {
       ...base, margin: { l: 8, r: labelled ? 30 : 10, t: labelled ? 22 : 8, b: 8 }, hovermode: few ? "x unified" : "closest",
       xaxis: {
@@ -64,7 +65,7 @@
       yaxis: {
         ...lines, title: { text: html(chart.y_title), standoff: 10 }, tickformat: chart.y_format.replace(".2f", ".2~f"), nticks: 7,
         zeroline: false, linecolor: "rgba(0,0,0,0)", ticks: "outside", ticklen: 6, tickcolor: "rgba(0,0,0,0)",
-        range: labelled ? [low - room, high + room / 2] : undefined, rangemode: chart.from_zero ? "tozero" : "normal",
+        range: [chart.from_zero && low === 0 ? 0 : low - room, high + (labelled ? room / 2 : room)],
       },
     };
   }
