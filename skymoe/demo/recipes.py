@@ -48,17 +48,18 @@ DENSE = SpecConfig(
 
 @dataclass(frozen=True)
 class Scale:
-    """How much is trained: steps of the parent, steps of the continuation, and the shape of a batch."""
+    """How much is trained and looked at: steps of the parent and of the continuation, the shape of a batch, evaluations."""
 
     parent_steps: int
     further_steps: int
-    sequences: int = 32
+    sequences: int = 16
     sequence_length: int = 256
     windows: int = 64
+    evaluations: int = 6
 
 
-FULL = Scale(parent_steps=200, further_steps=140)
-QUICK = Scale(parent_steps=40, further_steps=24, windows=16)
+FULL = Scale(parent_steps=180, further_steps=130)
+QUICK = Scale(parent_steps=40, further_steps=30, windows=8, evaluations=3)
 
 
 @dataclass(frozen=True)
@@ -146,9 +147,9 @@ def _recipe(
         ),
         steps=steps,
         batch=BatchConfig(sequences=scale.sequences),
-        optimizer=OptimizerConfig(lr=4e-3, betas=(0.9, 0.95), weight_decay=0.1),
+        optimizer=OptimizerConfig(lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1),
         schedule=schedule,
         checkpoint=CheckpointConfig(every=0, keep=1),
-        evaluate=EvaluateConfig(every=max(1, steps // 4), windows=scale.windows),
+        evaluate=EvaluateConfig(every=max(1, steps // scale.evaluations), windows=scale.windows),
         log=LogConfig(every=max(1, steps // 40)),
     )
