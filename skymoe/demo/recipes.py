@@ -59,7 +59,7 @@ class Scale:
 
 
 FULL = Scale(parent_steps=180, further_steps=130)
-QUICK = Scale(parent_steps=40, further_steps=30, windows=8, evaluations=3)
+QUICK = Scale(parent_steps=30, further_steps=20, windows=8, evaluations=2)
 
 
 @dataclass(frozen=True)

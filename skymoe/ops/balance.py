@@ -46,11 +46,13 @@ class GateTotals(NamedTuple):
         prob_sum_E: sum of g over the valid tokens.
         counts_E: int64 assignments wanted per expert.
         num_tokens: scalar int64 tensor, valid tokens.
+        dropped_E: int64 assignments that a real capacity dropped, per expert; zero where nothing is dropped.
     """
 
     prob_sum_E: Tensor
     counts_E: Tensor
     num_tokens: Tensor
+    dropped_E: Tensor
 
     def plus(self, other: GateTotals) -> GateTotals:
         """The totals of both batches together."""
@@ -60,10 +62,11 @@ class GateTotals(NamedTuple):
 def gate_totals(routing: Routing, valid_T: Tensor | None = None) -> GateTotals:
     """The sums of one micro-batch, without gradient; pads (`valid_T` False) do not count."""
     probs_TE = routing.probs_TE.detach()
+    dropped_E = routing.counts_E - routing.sent_counts_E
     if valid_T is None:
         num_tokens = torch.tensor(probs_TE.shape[0], device=probs_TE.device)
-        return GateTotals(probs_TE.sum(0), routing.counts_E, num_tokens)
-    return GateTotals(valid_T.to(probs_TE.dtype) @ probs_TE, routing.counts_E, valid_T.sum())
+        return GateTotals(probs_TE.sum(0), routing.counts_E, num_tokens, dropped_E)
+    return GateTotals(valid_T.to(probs_TE.dtype) @ probs_TE, routing.counts_E, valid_T.sum(), dropped_E)
 
 
 def loss_value(kind: AuxLoss, totals: GateTotals, *, top_k: int) -> Tensor:
@@ -137,6 +140,11 @@ def drop_rate(counts_E: Tensor, *, num_tokens: int, top_k: int, capacity_factor:
         return 0.0
     limit = capacity(num_tokens, num_experts=counts_E.numel(), top_k=top_k, capacity_factor=capacity_factor)
     return float((counts_E - limit).clamp_min(0).sum()) / (top_k * num_tokens)
+
+
+def real_drop_rate(totals: GateTotals, *, top_k: int) -> float:
+    """Share of assignments that were dropped: d where capacity is real and holds per micro-batch. 0 of no tokens."""
+    return float(totals.dropped_E.sum()) / max(1, top_k * int(totals.num_tokens))
 
 
 @dataclass

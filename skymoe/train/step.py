@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from skymoe.ops.balance import drop_rate, update_expert_bias
+from skymoe.ops.balance import drop_rate, real_drop_rate, update_expert_bias
 from skymoe.train.batches import StepBatch
 from skymoe.train.config import BalanceConfig
 from skymoe.train.guard import Action, Verdict
@@ -61,12 +61,14 @@ def rebalance(state: TrainState, sums: StepSums, num_tokens: int, balance: Balan
     moe = state.model.spec.moe
     if moe is None or not sums.totals_L:
         return []
-    factor = balance.capacity_factor
     counts_LE = torch.stack([totals.counts_E for totals in sums.totals_L])
-    drop_rate_L = [
-        drop_rate(counts_E, num_tokens=num_tokens, top_k=moe.top_k, capacity_factor=factor)
-        for counts_E in counts_LE.cpu()  # one transfer for all layers
-    ]
+    if balance.capacity == "real":
+        drop_rate_L = [real_drop_rate(totals, top_k=moe.top_k) for totals in sums.totals_L]
+    else:
+        drop_rate_L = [
+            drop_rate(counts_E, num_tokens=num_tokens, top_k=moe.top_k, capacity_factor=balance.capacity_factor)
+            for counts_E in counts_LE.cpu()  # one transfer for all layers
+        ]
     state.alpha.update(drop_rate_L)
     for module, counts_E in zip(moe_modules(state.model), counts_LE, strict=True):
         if module.router.expert_bias is not None:

@@ -54,7 +54,9 @@ def test_the_models_of_the_demo_load_and_have_learned_the_same_tokens(
         [json.loads(line) for line in (out / run / "metrics.jsonl").read_text().splitlines()]
         for run in ("dense-continue", "moe-train")
     )
-    assert dense[-1]["tokens"] == moe[-1]["tokens"] == QUICK.further_steps * QUICK.sequences * QUICK.sequence_length
+    # the same tokens, all that were asked for but the pads at the end of an epoch
+    asked = QUICK.further_steps * QUICK.sequences * QUICK.sequence_length
+    assert 0.99 * asked <= dense[-1]["tokens"] == moe[-1]["tokens"] <= asked
     # step 0: the mixture of experts is its parent, so both runs begin with the same held-out loss
     first = [next(line for line in lines if line["kind"] == "eval")["bits_per_byte"]["all"] for lines in (dense, moe)]
     assert first[0] == pytest.approx(first[1], rel=2e-3)
@@ -99,5 +101,5 @@ def test_the_mixture_beats_its_continued_parent(tmp_path: Path, seed: int) -> No
     process = run_demo(tmp_path / "demo", "--seed", str(seed), "--json", threads=os.cpu_count() or 1)
     assert process.returncode == 0, process.stderr
     summary = json.loads(process.stdout)
-    assert summary["tokens"]["further"] == FULL.further_steps * FULL.sequences * FULL.sequence_length
+    assert summary["tokens"]["further"] > 0.99 * FULL.further_steps * FULL.sequences * FULL.sequence_length
     assert summary["moe_bits_per_byte"] < summary["dense_bits_per_byte"]

@@ -19,6 +19,7 @@ from skymoe.ops.balance import (
     drop_rate,
     gate_totals,
     loss_value,
+    real_drop_rate,
     router_metrics,
     update_expert_bias,
     z_loss,
@@ -79,7 +80,7 @@ def test_balance_is_the_floor(kind: AuxLoss) -> None:
 def test_switch_is_one_plus_n_times_eq_4_when_choices_follow_probabilities(n: int, seed: int) -> None:
     """With f = P: n sum P^2 = 1 + n sum (P - 1/n)^2; the gradient with f constant is then n/2 of Eq. 4's."""
     probs = random_logits(11, n, seed).softmax(-1).requires_grad_()
-    totals = GateTotals(probs.detach().sum(0), probs.detach().sum(0), torch.tensor(11))
+    totals = GateTotals(probs.detach().sum(0), probs.detach().sum(0), torch.tensor(11), torch.zeros(n))
     skywork = loss_value(AuxLoss.SKYWORK, totals, top_k=1)
     torch.testing.assert_close(loss_value(AuxLoss.SWITCH, totals, top_k=1), 1 + n * skywork)
     routing = with_probs(probs, torch.zeros(n, dtype=torch.int64), top_k=1)
@@ -212,6 +213,8 @@ def test_virtual_and_real_capacity_agree(seed: int, factor: float, pads: bool) -
     rates = [drop_rate(r.counts_E, num_tokens=num_tokens, top_k=top_k, capacity_factor=factor) for r in (virtual, real)]
     really = 1 - int(real.sent_counts_E.sum()) / (top_k * num_tokens)
     assert rates[0] == rates[1] == pytest.approx(really, abs=1e-12)
+    assert real_drop_rate(gate_totals(real, valid), top_k=top_k) == pytest.approx(really, abs=1e-12)
+    assert real_drop_rate(gate_totals(virtual, valid), top_k=top_k) == 0
 
 
 def test_at_capacity_factor_one_the_drop_rate_is_the_distance_from_uniform() -> None:

@@ -11,11 +11,11 @@ from train.tiny import MOE, VOCAB
 from skymoe.model.batch import BatchInfo
 from skymoe.model.init import initialize
 from skymoe.model.transformer import Transformer
-from skymoe.ops.balance import AuxLoss, capacity, drop_rate
+from skymoe.ops.balance import AuxLoss, capacity, drop_rate, real_drop_rate
 from skymoe.ops.loss import IGNORED
 from skymoe.train.batches import MicroBatch, StepBatch
 from skymoe.train.model_config import SpecConfig
-from skymoe.train.objective import Objective, accumulate_gradients, balance_value
+from skymoe.train.objective import Objective, accumulate_gradients, balance_value, forward
 
 SEQUENCES, LENGTH, ALPHA_L = 7, 11, [0.3, 0.7]  # large coefficients: a wrong balance gradient must show
 
@@ -131,6 +131,19 @@ def test_real_capacity_drops_and_the_drop_rate_still_speaks_of_the_demand():
     d = drop_rate(first, num_tokens=batch.num_tokens, top_k=2, capacity_factor=1.0)
     assert d > 0
     assert d == pytest.approx(float((first - sent).sum()) / (2 * batch.num_tokens))
+
+
+def test_real_capacity_holds_per_micro_batch_and_all_that_is_dropped_is_counted():
+    """Loads that even out over the step do not bring back what a micro-batch has dropped."""
+    model, batch = make_model(torch.float32), make_batch(2)
+    objective = Objective(aux=AuxLoss.SKYWORK, real_capacity=1.0)
+    _, sums = gradients(model, batch, objective)
+    routings = [forward(model, micro, objective).routings[0] for micro in batch.micros]
+    lost = sum(int((routing.counts_E - routing.sent_counts_E).sum()) for routing in routings)
+    rate = real_drop_rate(sums.totals_L[0], top_k=2)
+    assert rate == pytest.approx(lost / (2 * batch.num_tokens))
+    of_the_sum = drop_rate(sums.totals_L[0].counts_E, num_tokens=batch.num_tokens, top_k=2, capacity_factor=1.0)
+    assert rate > of_the_sum
 
 
 def test_a_dense_model_has_no_balance():
