@@ -54,11 +54,11 @@ class Scale:
     further_steps: int
     sequences: int = 16
     sequence_length: int = 256
-    windows: int = 64
-    evaluations: int = 6
+    windows: int = 48
+    evaluations: int = 5
 
 
-FULL = Scale(parent_steps=180, further_steps=130)
+FULL = Scale(parent_steps=160, further_steps=110)
 QUICK = Scale(parent_steps=30, further_steps=20, windows=8, evaluations=2)
 
 
