@@ -39,6 +39,7 @@ from skymoe.ops.balance import AuxLoss
 from skymoe.ops.experts import ExpertsBackend
 from skymoe.spec.flops import AttentionCount, flops_per_token
 from skymoe.spec.model import Architecture, GateNormSpec, ModelSpec, MoESpec
+from skymoe.spec.presets import preset
 from skymoe.train.batches import MicroBatch, StepBatch
 from skymoe.train.config import OptimizerConfig
 from skymoe.train.objective import Objective, accumulate_gradients
@@ -50,7 +51,7 @@ Step = Callable[[], None]
 
 def specs() -> dict[str, ModelSpec]:
     """The demo's two models."""
-    dense = DENSE.to_spec()
+    dense = preset(DENSE)
     moe = MoESpec(num_experts=EXPERTS, top_k=TOP_K, ffn_size=dense.ffn_size, gate_norm=GateNormSpec())
     return {"dense": dense, "moe": replace(dense, architecture=Architecture.SKYMOE, moe=moe)}
 

@@ -23,7 +23,7 @@ from skymoe.train.config import (
     SourceConfig,
     TrainConfig,
 )
-from skymoe.train.model_config import ModelConfig, SpecConfig
+from skymoe.train.model_config import ModelConfig
 
 # Share of the training samples by domain: prose is a thirteenth of the text, and would be read many times over.
 DOMAINS = {"prose": 0.15, "docs": 0.35, "code": 0.5}
@@ -33,22 +33,12 @@ PROMPTS = {
     "code": "    def __init__(self, ",
 }
 EXPERTS, TOP_K = 8, 2
-DENSE = SpecConfig(
-    vocab_size=2048,
-    hidden_size=128,
-    num_layers=4,
-    ffn_size=384,
-    num_heads=2,
-    max_position=1024,
-    tie_embeddings=True,
-    bos_id=0,
-    eos_ids=(0,),
-)
+DENSE = "demo-dense"  # spec/presets.py
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How much is trained and looked at: steps of the parent and of the continuation, the shape of a batch, evaluations."""
+    """How much is trained and looked at: steps of the parent and of what follows, the shape of a batch, evaluations."""
 
     parent_steps: int
     further_steps: int
@@ -108,7 +98,7 @@ def parent_recipe(config: DemoConfig, places: Places, scale: Scale) -> TrainConf
     """The dense parent, from random weights."""
     schedule = ScheduleConfig(kind="cosine", warmup_steps=max(5, scale.parent_steps // 10), min_ratio=0.1)
     return _recipe(
-        config, places, scale, directory=places.parent, model=ModelConfig(spec=DENSE), steps=scale.parent_steps,
+        config, places, scale, directory=places.parent, model=ModelConfig(preset=DENSE), steps=scale.parent_steps,
         seed=config.seed, schedule=schedule,
     )  # fmt: skip
 

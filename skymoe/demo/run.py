@@ -23,11 +23,23 @@ from skymoe.base.files import staging_directory, write_atomic
 from skymoe.base.log import logger
 from skymoe.data.corpus import build_demo_corpus
 from skymoe.demo.config import DemoConfig
-from skymoe.demo.recipes import EXPERTS, FULL, PROMPTS, QUICK, TOP_K, Places, Scale, further_recipe, parent_recipe
+from skymoe.demo.recipes import (
+    DENSE,
+    EXPERTS,
+    FULL,
+    PROMPTS,
+    QUICK,
+    TOP_K,
+    Places,
+    Scale,
+    further_recipe,
+    parent_recipe,
+)
 from skymoe.generate.config import GenerateConfig
 from skymoe.generate.run import run as generate
 from skymoe.report.config import ReportConfig
 from skymoe.report.run import run as report
+from skymoe.spec.presets import preset
 from skymoe.train.config import TrainConfig
 from skymoe.train.result import INTERRUPTED, TrainReport
 from skymoe.train.run import run as train
@@ -91,7 +103,7 @@ class _Results:
 def _work(config: DemoConfig, places: Places, scale: Scale, clock: _Clock) -> _Results:
     with clock.stage("corpus"):
         if not places.corpus.exists():
-            build_demo_corpus(places.corpus, vocab_size=2048, seed=config.seed, kind=config.corpus)
+            build_demo_corpus(places.corpus, vocab_size=preset(DENSE).vocab_size, seed=config.seed, kind=config.corpus)
     with clock.stage("dense"):
         parent = _train(parent_recipe(config, places, scale))
     parent_model = places.parent / "model"

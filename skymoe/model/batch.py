@@ -22,8 +22,8 @@ class BatchInfo(NamedTuple):
     Attributes:
         positions_BT: int64 positions; default 0..T-1, after the cache.
         document_ids_BT: int64; attention stays within equal ids. Default: one document per row.
-        valid_BT: bool, False for pads: never routed, never counted. Attention does not look at it: trailing pads are hidden
-            by causality, others need a document id of their own.
+        valid_BT: bool, False for pads: never routed, never counted. Attention does not look at it: causality hides
+            trailing pads, others need a document id of their own.
         capacity: assignments an expert takes before it drops the rest (real capacity); None drops nothing.
     """
 

@@ -18,7 +18,7 @@ from skymoe.spec.model import MoESpec
 
 
 class Router(nn.Module):
-    """The gate of one layer: (T, D) -> Routing. fp32 inside, no bias; under autocast its input is the norm's, in bf16."""
+    """The gate of one layer: (T, D) -> Routing. fp32 inside, no bias; under autocast the norm hands it bf16."""
 
     expert_bias: Tensor | None
 
