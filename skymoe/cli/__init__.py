@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one command and leave the process with its exit code."""
     setup_logging()
     # Before torch is loaded: threads that spin while they wait lose most of their speed to any other busy process.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     try:
         with machine_errors("this machine"):
             app(args=arguments, prog_name="skymoe")

@@ -3,7 +3,12 @@
 Both directions are gathers, forward and backward: no scatter-add, so results are deterministic on every device, and the
 backward of one is the forward of the other with the same two index vectors.
 
-Shapes: T tokens, K experts per token, R assignments that are sent (T*K less pads and drops), E experts, D model.
+Every expert's rows can be rounded up to a multiple (`row_multiple`), the rest filled with zero rows. A CPU wants
+that: its matmul library compiles a kernel for each number of rows it meets, loads differ from step to step, and so a
+sixth of a small training step went into compiling (docs/performance.md). Zero rows change nothing: they are read by
+no token, and the gradient that comes back to them is zero.
+
+Shapes: T tokens, K experts per token, R rows (T*K assignments less pads and drops, plus fillers), E experts, D model.
 """
 
 from __future__ import annotations
@@ -20,30 +25,55 @@ class Grouping(NamedTuple):
     """A permutation of the sent assignments into expert order.
 
     Attributes:
-        slots_R: which assignment (t*K + k) stands at each place.
-        place_TK: where each assignment stands; 0 for the unsent ones, whose combine weight is 0.
-        offsets_E: int32, one past the last place of each expert.
+        slots_R: which assignment (t*K + k) stands in each row; 0 in fillers.
+        place_TK: the row of each assignment; 0 for the unsent ones, whose combine weight is 0.
+        offsets_E: int32, one past the last row of each expert, fillers included.
         sent_TK: bool, False for the unsent; None when all are sent.
+        fillers: the rows that belong to no assignment; None when there are none.
     """
 
     slots_R: Tensor
     place_TK: Tensor
     offsets_E: Tensor
     sent_TK: Tensor | None
+    fillers: Tensor | None = None
 
 
-def group_by_expert(routing: Routing) -> Grouping:
-    """The stable permutation that puts expert 0's assignments first, then expert 1's, and so on."""
+def group_by_expert(routing: Routing, row_multiple: int = 1) -> Grouping:
+    """The stable permutation that puts expert 0's assignments first, then expert 1's, and so on.
+
+    Args:
+        routing: where the tokens go.
+        row_multiple: round every expert's rows up to a multiple of this; 1 adds none and never waits for a device.
+    """
     ids_TK = routing.expert_ids_TK
-    slots = ids_TK.flatten().argsort(stable=True)
-    offsets_E = routing.sent_counts_E.cumsum(0).to(torch.int32)
-    place = torch.empty_like(slots)
-    place[slots] = torch.arange(slots.numel(), device=slots.device)
-    if routing.is_full:
-        return Grouping(slots, place.view_as(ids_TK), offsets_E, None)
-    num_sent = int(offsets_E[-1])  # unsent ids are E, so they stand last
-    sent_TK = ids_TK < offsets_E.numel()
-    return Grouping(slots[:num_sent], place.view_as(ids_TK).masked_fill(~sent_TK, 0), offsets_E, sent_TK)
+    order = ids_TK.flatten().argsort(stable=True)  # unsent ids are E, so they stand last
+    counts_E = routing.sent_counts_E
+    sent_TK = None if routing.is_full else ids_TK < counts_E.numel()
+    num_sent = order.numel() if routing.is_full else int(counts_E.sum())
+    rows, slots_R, fillers = torch.arange(order.numel(), device=order.device), order[:num_sent], None
+    offsets_E = counts_E.cumsum(0)
+    if row_multiple > 1:
+        padded_E = counts_E.add(row_multiple - 1).div(row_multiple, rounding_mode="floor") * row_multiple
+        offsets_E, ends_E = padded_E.cumsum(0), offsets_E
+        shift_E = (offsets_E - padded_E) - (ends_E - counts_E)
+        rows[:num_sent] += shift_E[ids_TK.flatten()[slots_R]]
+        is_filler = torch.ones(int(offsets_E[-1]), dtype=torch.bool, device=order.device)
+        is_filler[rows[:num_sent]] = False
+        fillers = is_filler.nonzero()[:, 0]
+        slots_R = torch.zeros_like(is_filler, dtype=order.dtype).index_copy_(0, rows[:num_sent], slots_R)
+    place = torch.empty_like(order)
+    place[order] = rows
+    place_TK = place.view_as(ids_TK)
+    if sent_TK is not None:
+        place_TK = place_TK.masked_fill(~sent_TK, 0)
+    return Grouping(slots_R, place_TK, offsets_E.to(torch.int32), sent_TK, fillers)
+
+
+def _rows_of_tokens(x_TD: Tensor, grouping: Grouping) -> Tensor:
+    """Each row is a copy of its token; fillers are zero."""
+    rows_RD = x_TD.index_select(0, grouping.slots_R // grouping.place_TK.shape[1])
+    return rows_RD if grouping.fillers is None else rows_RD.index_fill_(0, grouping.fillers, 0)
 
 
 class _Gather(torch.autograd.Function):
@@ -52,7 +82,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TD: Tensor, grouping: Grouping) -> Tensor:
         ctx.grouping = grouping
-        return x_TD.index_select(0, grouping.slots_R // grouping.place_TK.shape[1])
+        return _rows_of_tokens(x_TD, grouping)
 
     @staticmethod
     def backward(ctx, grad_RD: Tensor) -> tuple[Tensor, None]:
@@ -69,7 +99,7 @@ class _Scatter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_TD: Tensor) -> tuple[Tensor, None]:
-        return grad_TD.index_select(0, ctx.grouping.slots_R // ctx.grouping.place_TK.shape[1]), None
+        return _rows_of_tokens(grad_TD, ctx.grouping), None
 
 
 def _sum_over_choices(y_RD: Tensor, grouping: Grouping) -> Tensor:

@@ -39,8 +39,8 @@ def naive_mixture(x_TD: Tensor, weights_TK: Tensor, routing: Routing, scale_E: T
     return torch.stack(out)
 
 
-def mixture(x_TD: Tensor, weights_TK: Tensor, routing: Routing, scale_E: Tensor) -> Tensor:
-    grouping = group_by_expert(routing)
+def mixture(x_TD: Tensor, weights_TK: Tensor, routing: Routing, scale_E: Tensor, row_multiple: int = 1) -> Tensor:
+    grouping = group_by_expert(routing, row_multiple)
     sizes = torch.diff(grouping.offsets_E, prepend=grouping.offsets_E.new_zeros(1))
     rows_RD = gather_tokens(x_TD, grouping) * scale_E.repeat_interleave(sizes.long())[:, None]
     return scatter_tokens(rows_RD, weights_TK, grouping)
@@ -71,12 +71,30 @@ def test_rows_stand_in_expert_order(case: dict) -> None:
 
 @settings(deadline=None, max_examples=80)
 @given(CASES)
-def test_the_mixture_and_its_gradients_are_the_naive_ones(case: dict) -> None:
+def test_rows_are_rounded_up_with_zeros(case: dict) -> None:
+    """Fillers stand behind each expert's own rows, and nothing else moves."""
+    routing = random_routing(**case)
+    x_TD = torch.randn(case["num_tokens"], 3, dtype=torch.float64)
+    plain, padded = group_by_expert(routing), group_by_expert(routing, 4)
+    sizes, padded_sizes = (
+        torch.diff(grouping.offsets_E, prepend=grouping.offsets_E.new_zeros(1)).tolist() for grouping in (plain, padded)
+    )
+    assert padded_sizes == [-(-size // 4) * 4 for size in sizes]
+    rows = gather_tokens(x_TD, plain).split(sizes)
+    for own, filled in zip(rows, gather_tokens(x_TD, padded).split(padded_sizes), strict=True):
+        assert filled[: len(own)].equal(own)
+        assert not filled[len(own) :].any()
+
+
+@settings(deadline=None, max_examples=80)
+@given(CASES, st.sampled_from([1, 3, 8]))
+def test_the_mixture_and_its_gradients_are_the_naive_ones(case: dict, row_multiple: int) -> None:
     routing = random_routing(**case)
     x_TD = torch.randn(case["num_tokens"], 3, dtype=torch.float64, requires_grad=True)
     weights_TK = routing.weights_TK.detach().requires_grad_()
     scale_E = torch.randn(case["n"], dtype=torch.float64, requires_grad=True)
-    ours, naive = mixture(x_TD, weights_TK, routing, scale_E), naive_mixture(x_TD, weights_TK, routing, scale_E)
+    ours = mixture(x_TD, weights_TK, routing, scale_E, row_multiple)
+    naive = naive_mixture(x_TD, weights_TK, routing, scale_E)
     torch.testing.assert_close(ours, naive)
     direction = torch.randn_like(ours)
     inputs = (x_TD, weights_TK, scale_E)
@@ -88,14 +106,17 @@ def test_the_mixture_and_its_gradients_are_the_naive_ones(case: dict) -> None:
 
 @pytest.mark.parametrize("pads", [False, True])
 @pytest.mark.parametrize("capacity", [None, 0, 2])
-def test_gradcheck(pads: bool, capacity: int | None) -> None:
+@pytest.mark.parametrize("row_multiple", [1, 3])
+def test_gradcheck(row_multiple: int, capacity: int | None, pads: bool) -> None:
     """Few tokens on many experts: most experts are empty."""
     routing = random_routing(5, 9, 2, 1, pads=pads, capacity=capacity)
     x_TD = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
     weights_TK = routing.weights_TK.detach().requires_grad_()
     scale_E = torch.randn(9, dtype=torch.float64, requires_grad=True)
     assert (count_assignments(routing.expert_ids_TK, 9) == 0).any()
-    assert torch.autograd.gradcheck(lambda x, w, s: mixture(x, w, routing, s), (x_TD, weights_TK, scale_E))
+    assert torch.autograd.gradcheck(
+        lambda x, w, s: mixture(x, w, routing, s, row_multiple), (x_TD, weights_TK, scale_E)
+    )
 
 
 def test_nothing_is_sent() -> None:
