@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import re
@@ -66,7 +67,7 @@ def test_the_models_of_the_demo_load_and_have_learned_the_same_tokens(
 
 def test_the_report_is_one_offline_file(quick: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     page = (quick[0] / "report.html").read_text(encoding="utf-8")
-    head = page[: page.index("<body")]
+    head = html.unescape(page[: page.index("<body")])
     policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]*)"', head)
     assert policy and "default-src 'none'" in policy[1] and "http" not in policy[1]
     assert not re.search(r"<(script|link|img|iframe)\b[^>]*\b(src|href)=", head)  # the body embeds plotly's own source
