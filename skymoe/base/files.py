@@ -24,13 +24,22 @@ _MACHINE_ERRNOS = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EMFILE,
 }  # fmt: skip
 
+_PATH_ERRNOS = {errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
+
 
 @contextmanager
-def machine_errors(where: object) -> Iterator[None]:
-    """Turn the operating system's refusals (space, permission, I/O) inside the block into MachineError."""
+def machine_errors(where: object, *, paths: bool = True) -> Iterator[None]:
+    """Turn the operating system's refusals inside the block into our errors.
+
+    Space, permission and I/O are the machine's (MachineError). A path that leads nowhere is the user's (ConfigError),
+    where the block deals with paths that the user gave (`paths`).
+    """
     try:
         yield
     except OSError as error:
+        if paths and error.errno in _PATH_ERRNOS:
+            path = printable(error.filename or where)
+            raise ConfigError(f"this path cannot be used: {error.strerror}", where=path) from error
         if error.errno not in _MACHINE_ERRNOS:
             raise
         hint = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""

@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     # Before torch is loaded: threads that spin while they wait lose most of their speed to any other busy process.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     try:
-        with machine_errors("this machine"):
+        with machine_errors("this machine", paths=False):
             app(args=arguments, prog_name="skymoe")
         raise AssertionError("typer leaves by SystemExit")
     except SkymoeError as error:

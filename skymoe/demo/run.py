@@ -38,7 +38,9 @@ from skymoe.demo.recipes import (
 from skymoe.generate.config import GenerateConfig
 from skymoe.generate.run import run as generate
 from skymoe.report.config import ReportConfig
+from skymoe.report.data import read_material
 from skymoe.report.run import run as report
+from skymoe.report.verdict import compare
 from skymoe.spec.presets import preset
 from skymoe.train.config import TrainConfig
 from skymoe.train.result import INTERRUPTED, TrainReport
@@ -76,8 +78,13 @@ def run(config: DemoConfig) -> DemoReport:
         MissingExtraError: plotly or tokenizers is not installed; found before any work is done.
     """
     _check_extras()
+    finished = config.out / "summary.json"
+    stages = _claim(config)
+    if finished.exists() and "report" in (summary := json.loads(finished.read_text(encoding="utf-8"))):
+        logger.info("this demo is finished: nothing to do")
+        return DemoReport(config.out, summary)
     places, scale = Places(config.out), QUICK if config.quick else FULL
-    clock = _Clock(_claim(config))
+    clock = _Clock(stages)
     try:
         results = _work(config, places, scale, clock)
     except _InterruptedError:
@@ -155,6 +162,8 @@ def _summary(config: DemoConfig, results: _Results, clock: _Clock) -> dict[str, 
         "moe_bits_per_byte": moe["all"],
         "parent_bits_per_byte": results.parent.bits_per_byte["all"],
         "bits_per_byte": {"dense": dense, "moe": moe, "parent": results.parent.bits_per_byte},
+        "moe_change_at_equal_tokens": moe["all"] / dense["all"] - 1,
+        "moe_change_at_equal_compute": _change_at_equal_compute(config.out),
         "receipt": results.receipt,
         "tokens": {"parent": results.parent.tokens, "further": results.moe.tokens},
         "tokens_per_s": {"dense": results.dense.tokens_per_s, "moe": results.moe.tokens_per_s},
@@ -162,6 +171,12 @@ def _summary(config: DemoConfig, results: _Results, clock: _Clock) -> dict[str, 
         "quick": config.quick,
         "seconds": clock.table(),
     }
+
+
+def _change_at_equal_compute(out: Path) -> float | None:
+    """Relative difference of the MoE's bits per byte where both have spent the same FLOPs: the harder comparison."""
+    comparison = compare(read_material((out,)))
+    return comparison.equal_flops.change if comparison and comparison.equal_flops else None
 
 
 def _publish(model: Path, out: Path, receipt: Path | None = None) -> None:

@@ -34,6 +34,8 @@ def show(report: DemoReport, console: Console) -> None:
     side = "below" if gain > 0 else "above: no gain this time over"
     console.print(f"The mixture of experts ends {abs(gain):.4f} bits per byte {side}")
     console.print("the dense parent continued on the same tokens.")
+    if (change := summary["moe_change_at_equal_compute"]) is not None:
+        console.print(f"At equal compute, where the dense model has seen more tokens, it stands at {change:+.1%}.")
     receipt = summary["receipt"]
     exact = "exactly the parent's function" if receipt["exact"] else "not exactly the parent's function"
     console.print(f"It started as {exact} (max |dlogit| {receipt['max_abs_dlogit']:.1e}).")

@@ -40,12 +40,14 @@ def attention_mask(
 
 
 # On a CPU the fused kernel's backward costs more than the scores it saves, up to here (docs/performance.md).
+# In fp32 it does not. The choice looks at nothing else, so that training, evaluation and statistics agree to the bit.
 _SHORT = 512
+_NARROW = (torch.bfloat16, torch.float16)
 
 
 def causal_attention(q_BHTC: Tensor, k_BGSC: Tensor, v_BGSC: Tensor, mask: Tensor | None) -> Tensor:
     """softmax(q k^T / sqrt(C)) v. `mask` None means causal with T = S."""
-    if q_BHTC.device.type == "cpu" and torch.is_grad_enabled() and k_BGSC.shape[2] <= _SHORT:
+    if q_BHTC.device.type == "cpu" and q_BHTC.dtype in _NARROW and k_BGSC.shape[2] <= _SHORT:
         return _matmul_attention(q_BHTC, k_BGSC, v_BGSC, mask)
     grouped = q_BHTC.shape[1] != k_BGSC.shape[1]
     return F.scaled_dot_product_attention(
@@ -54,7 +56,7 @@ def causal_attention(q_BHTC: Tensor, k_BGSC: Tensor, v_BGSC: Tensor, mask: Tenso
 
 
 def _matmul_attention(q_BHTC: Tensor, k_BGSC: Tensor, v_BGSC: Tensor, mask: Tensor | None) -> Tensor:
-    """The same by batched matmuls, scores kept for the backward: for short training sequences on a CPU."""
+    """The same by batched matmuls, scores kept for the backward: for short sequences on a CPU."""
     (batch, heads, queries, width), (groups, keys) = q_BHTC.shape, k_BGSC.shape[1:3]
     if mask is None:
         mask = torch.ones(queries, keys, dtype=torch.bool, device=q_BHTC.device).tril()

@@ -210,6 +210,20 @@ class RouterMetrics(NamedTuple):
     gate_entropy: float
 
 
+class LoadMetrics(NamedTuple):
+    """How evenly the experts of one layer are used: see `RouterMetrics`."""
+
+    load_cov: float
+    dead_experts: int
+
+
+def load_metrics(counts_E: Tensor) -> LoadMetrics:
+    """The figures of the assignments per expert, over as many tokens as they were counted."""
+    load_E = counts_E.double()
+    spread = float(load_E.std(correction=0) / load_E.mean().clamp_min(1e-20))
+    return LoadMetrics(spread, int((load_E == 0).sum()))
+
+
 @torch.no_grad()
 def router_metrics(routing: Routing, valid_T: Tensor | None = None) -> RouterMetrics:
     """The figures of one layer over the valid tokens of one batch; of no tokens, zeros."""
@@ -219,11 +233,11 @@ def router_metrics(routing: Routing, valid_T: Tensor | None = None) -> RouterMet
     top = probs_TE.topk(min(3, probs_TE.shape[-1]), dim=-1).values.clamp_min(1e-20)
     ratios = (top[:, :-1] / top[:, 1:]).mean(0).tolist() + [0.0, 0.0]
     entropy = -(probs_TE * probs_TE.clamp_min(1e-20).log()).sum(-1).mean()
-    load_E = routing.counts_E.double()
+    load = load_metrics(routing.counts_E)
     return RouterMetrics(
         max1_max2=ratios[0],
         max2_max3=ratios[1],
-        load_cov=float(load_E.std(correction=0) / load_E.mean().clamp_min(1e-20)),
-        dead_experts=int((load_E == 0).sum()),
+        load_cov=load.load_cov,
+        dead_experts=load.dead_experts,
         gate_entropy=float(entropy),
     )

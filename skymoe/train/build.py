@@ -67,7 +67,10 @@ def _given_spec(config: ModelConfig) -> ModelSpec:
     if config.path is not None:
         return spec_from_directory(config.path)
     if config.spec is not None:
-        return config.spec.to_spec()
+        try:
+            return config.spec.to_spec()
+        except ConfigError as error:
+            raise ConfigError(error.what, where="model.spec", why=error.why, hint=error.hint) from error
     assert config.preset is not None
     return preset(config.preset)
 

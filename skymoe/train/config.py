@@ -192,6 +192,8 @@ class PrecisionConfig(Config):
         for key in ("weights", "compute"):
             if getattr(self, key) not in allowed:
                 raise ValueError(f"{key} must be one of {', '.join(allowed)}")
+        if self.compute not in (self.weights, DType.BFLOAT16):
+            raise ValueError(f"compute must be bfloat16 or that of the weights, {self.weights}; got {self.compute}")
         return self
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from skymoe.ops.balance import router_metrics
+from skymoe.ops.balance import load_metrics, router_metrics
 from skymoe.spec.flops import count_parameters
 from skymoe.train.job import Job
 from skymoe.train.metrics import SCHEMA
@@ -70,9 +70,11 @@ def train_line(job: Job, result: StepResult, lr: float) -> dict[str, Any]:
 
 
 def layer_figures(result: StepResult) -> dict[str, list[float]]:
-    """One list per figure, one entry per MoE layer."""
+    """One list per figure, one entry per MoE layer: loads over the whole step, the gate's over its last micro-batch."""
     valid_T = result.sums.last.valid_T
     figures = [router_metrics(routing, valid_T)._asdict() for routing in result.sums.routings]
+    for layer, totals in zip(figures, result.sums.totals_L, strict=True):
+        layer.update(load_metrics(totals.counts_E)._asdict())
     lists = {name: [layer[name] for layer in figures] for name in figures[0]} if figures else {}
     return {"drop_rate": result.drop_rate_L, "alpha": result.alpha_L, **lists}
 

@@ -33,23 +33,24 @@ def train(job: Job, stop: StopRequest) -> None:
     saved_step = state.counters.step
     with progress("train", total=left, unit="step") as bar:
         while state.counters.step < config.steps and not stop:
-            _settle(job, _take_step(job), bar)
-            saved_step = _do_what_is_due(job) or saved_step
+            if _settle(job, _take_step(job), bar):
+                saved_step = _do_what_is_due(job) or saved_step
     if state.counters.step != saved_step:  # a signal, between two saves
         save(job)
 
 
-def save(job: Job) -> None:
+def save(job: Job) -> bool:
     """Publish a generation, unless a weight is not finite: what can be returned to must be sound.
 
-    A failure to write is a warning or the end of the run, as the recipe says; older generations stay whole.
+    A failure to write is a warning or the end of the run, as the recipe says; older generations stay whole. Returns
+    whether there is a new one.
     """
     began = time.perf_counter()
     job.metrics.flush()
     if bad := job.state.non_finite_weights():
         logger.warning("step %d: not saved, not finite: %s", job.state.counters.step, ", ".join(bad[:5]))
         job.event("save_refused", not_finite=bad[:5])
-        return
+        return False
     try:
         path = save_state(job.state, job.checkpoints, identity=job.identity, keep=job.config.checkpoint.keep)
     except (MachineError, OSError) as error:
@@ -57,9 +58,10 @@ def save(job: Job) -> None:
             raise
         logger.warning("the checkpoint of step %d was not saved, training goes on: %s", job.state.counters.step, error)
         job.event("save_failed", error=str(error))
-        return
+        return False
     job.state.guard.rollbacks = 0
     job.event("save", generation=path.name, seconds=time.perf_counter() - began)
+    return True
 
 
 def _before_the_first_step(job: Job) -> None:
@@ -90,13 +92,16 @@ def _take_step(job: Job) -> tuple[StepBatch, StepResult, float]:
     return batch, result, lr
 
 
-def _settle(job: Job, taken: tuple[StepBatch, StepResult, float], bar: Progress) -> None:
-    """Count an accepted step and log it when its turn has come; skip, roll back or raise otherwise."""
+def _settle(job: Job, taken: tuple[StepBatch, StepResult, float], bar: Progress) -> bool:
+    """Count an accepted step and log it when its turn has come; skip, roll back or raise otherwise.
+
+    Returns whether the run moved on. After a rollback it stands where it was saved: nothing is due there again, and
+    the count of rollbacks goes on until a later step is saved.
+    """
     batch, result, lr = taken
     counters, config = job.state.counters, job.config
     if result.verdict.action is not Action.ACCEPT:
-        _refuse(job, result, bar)
-        return
+        return _refuse(job, result, bar)
     counters.tokens += batch.num_tokens
     counters.flops += batch.num_tokens * job.machine.flops_causal
     window = counters.window
@@ -104,22 +109,26 @@ def _settle(job: Job, taken: tuple[StepBatch, StepResult, float], bar: Progress)
     window.tokens += batch.num_tokens
     if counters.step % config.log.every and counters.step < config.steps:
         bar.advance()
-        return
+        return True
     line = train_line(job, result, lr)
     job.record(line)
     counters.window = Window()
     bar.advance(**progress_fields(line))
+    return True
 
 
-def _refuse(job: Job, result: StepResult, bar: Progress) -> None:
+def _refuse(job: Job, result: StepResult, bar: Progress) -> bool:
+    """Skip, roll back or raise; returns whether the run moved on."""
     counters, verdict = job.state.counters, result.verdict
     logger.warning("step %d: %s: %s", counters.step, verdict.action, verdict.reason)
     match verdict.action:
         case Action.SKIP:
             job.event("skip", **event_fields(result))
             bar.advance()
+            return True
         case Action.ROLLBACK:
             bar.advance(_roll_back(job, result))
+            return False
         case _:
             job.event("stop", **event_fields(result))
             job.metrics.flush()
@@ -142,14 +151,13 @@ def _roll_back(job: Job, result: StepResult) -> int:
 
 
 def _do_what_is_due(job: Job) -> int | None:
-    """Evaluate and save when their turn has come. Returns the step if it was time to save."""
+    """Evaluate and save when their turn has come. Returns the step if it was saved."""
     step, config = job.state.counters.step, job.config
     finished = step >= config.steps
     if job.held.domains and (finished or (config.evaluate.every and step % config.evaluate.every == 0)):
         _evaluate(job)
     if finished or (config.checkpoint.every and step % config.checkpoint.every == 0):
-        save(job)
-        return step
+        return step if save(job) else None
     return None
 
 

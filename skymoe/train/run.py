@@ -45,9 +45,9 @@ def run(config: TrainConfig) -> TrainReport:
 
 def _export(job: Job) -> None:
     config = job.config
-    out = config.run.dir / "model"
-    if job.resumed_from == config.steps and out.exists():
-        return  # the run was finished already
+    out = (
+        config.run.dir / "model"
+    )  # written again by every call that finds the run finished: it may be stale or damaged
     if bad := job.state.non_finite_weights():
         raise TrainingError(
             f"the trained weights are not finite: {', '.join(bad[:5])}",

@@ -51,9 +51,11 @@ def torch_settings(config: TrainConfig) -> Iterator[torch.device]:
 @contextmanager
 def run_directory(directory: Path) -> Iterator[None]:
     """Create the run directory and hold it: a second process on it is refused (not on Windows). It dies with us."""
+    lock = directory / ".lock"
     with machine_errors(directory):
+        is_new = not directory.exists()
         directory.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
             if fcntl is not None:
@@ -63,6 +65,11 @@ def run_directory(directory: Path) -> Iterator[None]:
                 "another process is training in this directory", where=directory, hint="choose another run.dir"
             ) from error
         yield
+    except BaseException:
+        if is_new and [path.name for path in directory.iterdir()] == [lock.name]:  # refused before anything was written
+            lock.unlink()
+            directory.rmdir()
+        raise
     finally:
         os.close(descriptor)
 

@@ -97,7 +97,7 @@ def _find_generation(config: TrainConfig, identity: dict[str, Any]) -> Generatio
     if generation is None:
         recipe = directory / "recipe.yaml"
         if recipe.exists():
-            check_same_run({**identity, "recipe": read_document(recipe).data}, identity, directory)
+            check_same_run({**identity, "recipe": _comparable(read_document(recipe).data)}, identity, directory)
         return None
     saved = generation.document("state")
     if generation.step > config.steps:
@@ -113,9 +113,15 @@ def _find_generation(config: TrainConfig, identity: dict[str, Any]) -> Generatio
     return generation
 
 
+def _comparable(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The recipe with the path of its model made absolute: however it was written, it is the same model."""
+    path = recipe["model"].get("path")
+    return recipe if path is None else {**recipe, "model": {**recipe["model"], "path": str(Path(path).resolve())}}
+
+
 def _identity(config: TrainConfig, spec: ModelSpec, mixture: Mixture) -> dict[str, Any]:
     identity = {
-        "recipe": config.model_dump(mode="json"),
+        "recipe": _comparable(config.model_dump(mode="json")),
         "model": asdict(spec),
         "data": {"fingerprint": mixture.fingerprint, "seed": config.run.seed},
         "torch": torch.__version__,

@@ -51,7 +51,9 @@ class Receipt:
     computed: str = "fp32, layer by layer"
 
 
-def measure(dense: Path, moe: Path, expected: Exactness, *, num_tokens: int, seed: int) -> Receipt:
+def measure(
+    dense: Path, moe: Path, expected: Exactness, *, num_tokens: int, seed: int, narrowed: bool = False
+) -> Receipt:
     """Compare the models in two directories on `NUM_SEQUENCES` random sequences of `num_tokens` tokens.
 
     Args:
@@ -59,6 +61,7 @@ def measure(dense: Path, moe: Path, expected: Exactness, *, num_tokens: int, see
         expected: what the method promises.
         num_tokens: per sequence; 0 measures nothing and repeats the promise.
         seed: of the tokens.
+        narrowed: the conversion rounded the weights to a narrower format, so that logits may differ.
     """
     if num_tokens == 0:
         reason = f"{expected.reason} (not measured)"
@@ -72,7 +75,9 @@ def measure(dense: Path, moe: Path, expected: Exactness, *, num_tokens: int, see
     kl = float(mean_kl(dense_BTV, moe_BTV))
     agrees = difference <= _TOLERANCE * max(1.0, scale)  # False for NaN
     reason = expected.reason
-    if expected.exact and not agrees:
+    if expected.exact and not agrees and narrowed:
+        reason = f"the weights were rounded to a narrower format; before that, {reason}"
+    elif expected.exact and not agrees:
         reason = f"it should be ({reason}), but a logit differs by {difference:.3g}: please report this"
     return Receipt(difference, kl, scale, expected.exact and agrees, reason, tokens_BT.numel(), seed)
 

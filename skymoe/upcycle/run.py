@@ -92,8 +92,9 @@ def run(config: UpcycleConfig) -> UpcycleReport:
             plan = plan_copy(dense, target, reader.names(), config.dtype)
             logger.debug("%s", plan)
             replay(plan, reader, staging, config)
+            narrowed = _main_dtype(plan).itemsize < reader.names()["model.embed_tokens.weight"].dtype.itemsize
         write_documents(staging, target, _main_dtype(plan), source=config.source, provenance=_provenance(config, dense))
-        receipt = _receipt(config, target, staging)
+        receipt = _receipt(config, target, staging, narrowed=narrowed)
         write_json(staging / RECEIPT_NAME, asdict(receipt))
     return _report(config, plan, receipt, remarks, time.monotonic() - started)
 
@@ -123,10 +124,12 @@ def _make(step: Step, reader: WeightsReader, target: ModelSpec, config: UpcycleC
             return initial_tensor(spec, step.parameter, step.shape, config.seed).to(dtype)
 
 
-def _receipt(config: UpcycleConfig, target: ModelSpec, staging: Path) -> Receipt:
+def _receipt(config: UpcycleConfig, target: ModelSpec, staging: Path, *, narrowed: bool) -> Receipt:
     assert target.moe is not None
     expected = exactness(target.moe, config.method)
-    return measure(config.source, staging, expected, num_tokens=config.receipt_tokens, seed=config.seed)
+    return measure(
+        config.source, staging, expected, num_tokens=config.receipt_tokens, seed=config.seed, narrowed=narrowed
+    )
 
 
 def _main_dtype(plan: UpcyclePlan) -> DType:

@@ -124,7 +124,13 @@ def test_free_space(tmp_path: Path) -> None:
 
 
 def test_only_refusals_of_the_machine_are_translated() -> None:
-    with pytest.raises(FileNotFoundError), files.machine_errors("here"):
+    with pytest.raises(FileNotFoundError), files.machine_errors("here", paths=False):
         raise FileNotFoundError(errno.ENOENT, "gone")
     with pytest.raises(MachineError, match="here: .*denied"), files.machine_errors("here"):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+def test_a_path_that_leads_nowhere_is_bad_input(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere.*cannot be used") as caught:
+        files.write_atomic(tmp_path / "nowhere" / "x.html", b"")
+    assert caught.value.exit_code == 2

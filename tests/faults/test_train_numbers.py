@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -191,3 +192,17 @@ def test_a_generation_never_holds_what_is_not_finite(tmp_path):
         run(config)
     assert latest_generation(config.run.dir / "checkpoints").step == 8
     assert run(config).resumed_from == 8
+
+
+@pytest.mark.parametrize("every", [4, 1000])
+def test_rollbacks_that_lead_nowhere_end(tmp_path, every):
+    """NaN comes back before the next save is reached: each rollback counts, also where saving is due at step 0."""
+    guard = {"non_finite": "rollback", "max_consecutive": 3}
+    config = recipe(tmp_path, **STEPS, checkpoint={"every": every}, guard=guard)
+    with ExitStack() as stack, pytest.raises(TrainingError, match="max_consecutive"):
+        for number in range(3, 60, 3):
+            stack.enter_context(at_forward(number, nan_activation))
+        run(config)
+    assert len(events(config.run.dir, "rollback")) == 3
+    assert len(events(config.run.dir, "save")) == 1, "the generation of step 0 is not saved again"
+    assert_finite(config.run.dir)

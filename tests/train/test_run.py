@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -98,11 +99,11 @@ def test_metrics_of_a_resumed_run_are_those_of_a_straight_one(tmp_path):
 
 
 def test_a_finished_run_says_so_and_changes_nothing(straight):
-    before = (straight / "model/config.json").stat().st_mtime_ns
+    before = {path.name: path.read_bytes() for path in (straight / "model").iterdir()}
     report = run(recipe(straight.parent, spec=MIXTRAL))
     assert (report.step, report.resumed_from, report.exit_code) == (12, 12, 0)
     assert report.valid_loss["all"] > 0
-    assert (straight / "model/config.json").stat().st_mtime_ns == before
+    assert {path.name: path.read_bytes() for path in (straight / "model").iterdir()} == before
 
 
 @pytest.mark.parametrize(
@@ -163,13 +164,14 @@ def test_a_directory_in_use_is_refused(tmp_path):
         ({"balance": {"z_loss": 1e-3}}, "balance.z_loss"),
         ({"recompute": 3}, "recompute"),
         ({"spec": DENSE, "model": {"spec": DENSE, "gate_norm": True}}, "model.gate_norm"),
+        ({"spec": {**MOE, "moe": {**MOE["moe"], "top_k": 9}}}, "model.spec: top_k 9 is more than the 5 experts"),
     ],
 )
 def test_contradictions_are_found_before_anything_is_written(tmp_path, changes, where):
     with pytest.raises(ConfigError) as caught:
         run(recipe(tmp_path, **changes))
     assert where in str(caught.value)
-    assert [p.name for p in (tmp_path / "run").iterdir()] == [".lock"]
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_trained_model_can_be_the_parent(tmp_path, straight):
@@ -226,3 +228,58 @@ def test_environment_names_versions_and_nobody(straight):
     content = json.loads((straight / "environment.json").read_text())
     assert content["packages"]["torch"] == torch.__version__
     assert "hostname" not in content and "user" not in content
+
+
+def test_a_stale_or_damaged_model_is_exported_again(tmp_path, monkeypatch):
+    """Prolonged, and stopped between the last checkpoint and the export: the old model must not pass for the new."""
+    constant = {"schedule": {"kind": "constant"}}
+    run(recipe(tmp_path, steps=4, **constant))
+    longer = recipe(tmp_path, steps=6, **constant)
+
+    def full_disk(*args, **kwargs):
+        raise MachineError("no space")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("skymoe.train.run.save_pretrained", full_disk)
+        with pytest.raises(MachineError):
+            run(longer)
+    assert run(longer).resumed_from == 6
+    straight = recipe(tmp_path, steps=6, run={"dir": str(tmp_path / "straight")}, **constant)
+    run(straight)
+    name = "model/model.safetensors"
+    again = (longer.run.dir / name).read_bytes()
+    assert again == (straight.run.dir / name).read_bytes()
+    (longer.run.dir / name).unlink()
+    run(longer)
+    assert (longer.run.dir / name).read_bytes() == again
+
+
+def test_the_same_parent_under_another_spelling_of_its_path_resumes(tmp_path, monkeypatch):
+    first = recipe(tmp_path)
+    run(first)
+    monkeypatch.chdir(tmp_path)
+    where = {"dir": str(tmp_path / "child")}
+    model = {"path": str(first.run.dir / "model"), "spec": None}
+    run(recipe(tmp_path, model=model, run=where))
+    relative = {"path": os.path.relpath(first.run.dir / "model"), "spec": None}
+    assert run(recipe(tmp_path, model=relative, run=where)).resumed_from is not None
+
+
+def test_loads_are_those_of_the_whole_step(tmp_path):
+    """Expert loads do not depend on how the step is cut into micro-batches."""
+    figures = []
+    for micro in (None, 1):
+        config = recipe(
+            tmp_path, run={"dir": str(tmp_path / f"run-{micro}")}, batch={"micro_sequences": micro}, log={"every": 1}
+        )
+        run(config)
+        lines = read_metrics(config.run.dir / "metrics.jsonl")
+        figures.append(next(line["layers"] for line in lines if line["kind"] == "train"))
+    assert figures[0]["load_cov"] == pytest.approx(figures[1]["load_cov"])
+    assert figures[0]["dead_experts"] == figures[1]["dead_experts"]
+
+
+@pytest.mark.parametrize("precision", [{"compute": "float64"}, {"weights": "bfloat16", "compute": "float32"}])
+def test_formats_that_autocast_does_not_know_are_refused(tmp_path, precision):
+    with pytest.raises(ConfigError, match="compute must be bfloat16"):
+        recipe(tmp_path, precision=precision)

@@ -104,6 +104,8 @@ def test_mixed_layers_shards_and_dtype(oracle, tmp_path):
     assert {p.dtype for p in load(tmp_path / "moe").parameters()} == {torch.bfloat16}
     ours = load(tmp_path / "moe", dtype="float32")(TOKENS)
     torch.testing.assert_close(ours, oracle.logits(tmp_path / "moe", TOKENS), rtol=0, atol=1e-4)
+    narrow = run(config(oracle.make(tmp_path / "fp32", "llama"), tmp_path / "narrow", dtype="bfloat16"))
+    assert not narrow.exact and "rounded to a narrower format" in narrow.reason
     run(config(dense, tmp_path / "wide", dtype="float32", receipt_tokens=0))
     assert {p.dtype for p in load(tmp_path / "wide").parameters()} == {torch.float32}
 
