@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from skymoe.base.errors import SkymoeError
 from skymoe.spec.model import GateNormSpec
 
 
@@ -103,6 +104,8 @@ def route(
         The routing. `weights_TK` and `probs_TE` carry gradients; the choice itself has none.
     """
     num_experts = logits_TE.shape[-1]
+    if not 1 <= top_k <= num_experts:
+        raise SkymoeError(f"top_k is {top_k}, but the logits are of {num_experts} experts")
     logits_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
     if valid_T is not None:
         logits_TE = logits_TE.masked_fill(~valid_T[:, None], 0)  # a pad may hold anything, not-a-number included

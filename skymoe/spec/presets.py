@@ -6,6 +6,8 @@ beside the two models of the Skywork papers and the small dense model of the dem
 
 from __future__ import annotations
 
+import difflib
+
 from skymoe.base.errors import ConfigError
 from skymoe.spec.model import Architecture, GateNormSpec, ModelSpec, MoESpec, RopeSpec
 
@@ -158,5 +160,7 @@ def preset(name: str) -> ModelSpec:
         ConfigError: no such preset; the message lists those there are.
     """
     if name not in PRESETS:
-        raise ConfigError(f"there is no preset {name!r}", hint=f"presets: {', '.join(PRESETS)}")
+        near = difflib.get_close_matches(name, PRESETS, n=1)
+        hint = f"{near[0]}?" if near else f"one of {', '.join(PRESETS)}"
+        raise ConfigError(f"there is no preset {name!r}", hint=hint)
     return PRESETS[name]

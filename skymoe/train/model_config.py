@@ -3,13 +3,45 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from skymoe.base.config import Config
 from skymoe.base.errors import ConfigError
-from skymoe.spec.model import Architecture, GateNormSpec, ModelSpec, MoESpec, RopeSpec
+from skymoe.spec.model import Architecture, GateNormSpec, ModelSpec, MoESpec, RopeScaling, RopeSpec
+
+
+class GateNormConfig(Config):
+    """Gating logit normalization (Eq. 6); see `GateNormSpec`. The released form is `eps: 0, subtract_mean: false`."""
+
+    scale: float = Field(default=1.0, gt=0)
+    ddof: Literal[0, 1] = 1
+    eps: float = Field(default=1e-6, ge=0, lt=1)
+    subtract_mean: bool = True
+
+    def to_spec(self) -> GateNormSpec:
+        """The same as a spec."""
+        return GateNormSpec(**self.model_dump())
+
+
+class RopeConfig(Config):
+    """Rotary embedding and its scaling; see `RopeSpec` for what each key means and to which variant it belongs."""
+
+    theta: float = Field(default=10000.0, gt=0)
+    scaling: RopeScaling = RopeScaling.NONE
+    factor: float = Field(default=1.0, ge=1)
+    original_max_position: int | None = Field(default=None, ge=1)
+    low_freq_factor: float = Field(default=1.0, gt=0)
+    high_freq_factor: float = Field(default=4.0, gt=0)
+    beta_fast: float = Field(default=32.0, gt=0)
+    beta_slow: float = Field(default=1.0, gt=0)
+    truncate: bool = True
+    attention_factor: float | None = Field(default=None, gt=0)
+
+    def to_spec(self) -> RopeSpec:
+        """The same as a spec."""
+        return RopeSpec(**self.model_dump())
 
 
 class MoEConfig(Config):
@@ -17,7 +49,7 @@ class MoEConfig(Config):
 
     Attributes:
         num_experts, top_k, ffn_size: n, k and the inner width of one expert.
-        gate_norm: gating logit normalization with the defaults of `GateNormSpec`.
+        gate_norm: gating logit normalization: true with its defaults, false for none, or its own section.
         norm_topk: renormalize the chosen probabilities.
         expert_bias: DeepSeek's loss-free balancing.
         shared_ffn_size: inner width of the shared expert; 0 means none.
@@ -27,7 +59,7 @@ class MoEConfig(Config):
     num_experts: int = Field(ge=1)
     top_k: int = Field(default=2, ge=1)
     ffn_size: int = Field(ge=1)
-    gate_norm: bool = True
+    gate_norm: bool | GateNormConfig = True
     norm_topk: bool = True
     expert_bias: bool = False
     shared_ffn_size: int = Field(default=0, ge=0)
@@ -42,7 +74,7 @@ class SpecConfig(Config):
         ffn_size: of the dense layers; None only where every layer is MoE.
         num_kv_heads: None means as many as `num_heads`.
         head_dim: None means `hidden_size / num_heads`.
-        rope_theta: base of the rotary frequencies.
+        rope: rotary embedding and its scaling.
         moe: the mixture of experts, or None.
     """
 
@@ -56,7 +88,7 @@ class SpecConfig(Config):
     head_dim: int | None = Field(default=None, ge=2)
     max_position: int = Field(default=8192, ge=1)
     norm_eps: float = Field(default=1e-6, gt=0)
-    rope_theta: float = Field(default=10000.0, gt=0)
+    rope: RopeConfig = RopeConfig()
     tie_embeddings: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
@@ -71,7 +103,7 @@ class SpecConfig(Config):
 
     def to_spec(self) -> ModelSpec:
         """The ModelSpec. Raises ConfigError where the numbers do not fit together."""
-        given = self.model_dump(exclude={"architecture", "ffn_size", "num_kv_heads", "head_dim", "rope_theta", "moe"})
+        given = self.model_dump(exclude={"architecture", "ffn_size", "num_kv_heads", "head_dim", "rope", "moe"})
         dense_layers = self.moe is None or (self.moe.layers is not None and len(self.moe.layers) < self.num_layers)
         if self.ffn_size is None and dense_layers:
             raise ConfigError("model.spec.ffn_size is needed by the dense layers", where="model.spec")
@@ -85,7 +117,7 @@ class SpecConfig(Config):
             ffn_size=self.ffn_size or (self.moe.ffn_size if self.moe else 0),
             num_kv_heads=self.num_kv_heads or self.num_heads,
             head_dim=self.head_dim or self.hidden_size // self.num_heads,
-            rope=RopeSpec(theta=self.rope_theta),
+            rope=self.rope.to_spec(),
             moe=_moe_spec(self.moe) if self.moe else None,
             moe_layers=self.moe.layers if self.moe else None,
         )
@@ -116,12 +148,18 @@ class ModelConfig(Config):
         return self
 
 
+def _gate_norm(asked: bool | GateNormConfig) -> GateNormSpec | None:
+    if isinstance(asked, GateNormConfig):
+        return asked.to_spec()
+    return GateNormSpec() if asked else None
+
+
 def _moe_spec(moe: MoEConfig) -> MoESpec:
     return MoESpec(
         num_experts=moe.num_experts,
         top_k=moe.top_k,
         ffn_size=moe.ffn_size,
-        gate_norm=GateNormSpec() if moe.gate_norm else None,
+        gate_norm=_gate_norm(moe.gate_norm),
         norm_topk=moe.norm_topk,
         expert_bias=moe.expert_bias,
         shared_ffn_size=moe.shared_ffn_size,

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from skymoe.base.errors import SkymoeError
 from skymoe.ops.routing import (
     Routing,
     count_assignments,
@@ -256,3 +257,9 @@ def test_a_hopeless_pad_touches_nobody() -> None:
     poisoned: Routing = route(poisoned_z, top_k=2, gate_norm=GateNormSpec(), valid_T=valid)
     assert poisoned.weights_TK.equal(clean.weights_TK) and poisoned.expert_ids_TK.equal(clean.expert_ids_TK)
     assert poisoned.counts_E.equal(clean.counts_E)
+
+
+@pytest.mark.parametrize("top_k", [0, 5])
+def test_more_choices_than_experts_are_refused(top_k: int) -> None:
+    with pytest.raises(SkymoeError, match=f"top_k is {top_k}, but the logits are of 4 experts"):
+        route(torch.randn(3, 4), top_k=top_k)

@@ -12,6 +12,7 @@ from train.tiny import DENSE, MOE, assert_same_state, recipe, untimed_lines, wri
 
 from skymoe.base.config import read_config
 from skymoe.base.errors import ConfigError, MachineError
+from skymoe.spec.model import GateNormSpec
 from skymoe.train.config import TrainConfig
 from skymoe.train.metrics import read_metrics
 from skymoe.train.run import run
@@ -283,3 +284,14 @@ def test_loads_are_those_of_the_whole_step(tmp_path):
 def test_formats_that_autocast_does_not_know_are_refused(tmp_path, precision):
     with pytest.raises(ConfigError, match="compute must be bfloat16"):
         recipe(tmp_path, precision=precision)
+
+
+def test_a_recipe_can_say_rope_scaling_and_the_form_of_the_gate(tmp_path):
+    rope = {"theta": 5e5, "scaling": "llama3", "factor": 8.0, "original_max_position": 16}
+    released = {"scale": 2.0, "eps": 0.0, "subtract_mean": False}
+    spec = {**MOE, "rope": rope, "moe": {**MOE["moe"], "gate_norm": released}}
+    built = recipe(tmp_path, spec=spec).model.spec.to_spec()
+    assert (built.rope.scaling, built.rope.factor, built.rope.original_max_position) == ("llama3", 8.0, 16)
+    assert built.moe.gate_norm == GateNormSpec(scale=2.0, eps=0.0, subtract_mean=False)
+    assert recipe(tmp_path).model.spec.to_spec().moe.gate_norm == GateNormSpec()
+    run(recipe(tmp_path, spec=spec, steps=2))
