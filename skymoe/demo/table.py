@@ -35,7 +35,8 @@ def show(report: DemoReport, console: Console) -> None:
     console.print(f"The mixture of experts ends {abs(gain):.4f} bits per byte {side}")
     console.print("the dense parent continued on the same tokens.")
     if (change := summary["moe_change_at_equal_compute"]) is not None:
-        console.print(f"At equal compute, where the dense model has seen more tokens, it stands at {change:+.1%}.")
+        side = "fewer" if change < 0 else "more"
+        console.print(f"At equal compute (the dense model saw more tokens) it needs {abs(change):.1%} {side} bits.")
     receipt = summary["receipt"]
     exact = "exactly the parent's function" if receipt["exact"] else "not exactly the parent's function"
     console.print(f"It started as {exact} (max |dlogit| {receipt['max_abs_dlogit']:.1e}).")
