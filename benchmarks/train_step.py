@@ -7,10 +7,10 @@ optimizer (fused AdamW) under the same bf16 autocast:
 
     skymoe        the step of `skymoe train`: chunked head and loss, grouped experts, kept memory
     reference     the same model with the experts as a plain loop
-    transformers  LlamaForCausalLM / MixtralForCausalLM (eager experts as installed), its own loss
+    transformers  LlamaForCausalLM / MixtralForCausalLM (eager and grouped_mm experts), its own loss
 
-The rounds interleave the contenders, the medians are compared, and the routing is that of an upcycled model with
-random router weights: uneven, not force-balanced. MFU counts causal attention, forward and backward, over the
+The rounds interleave the contenders, the medians are compared, and the routing is that of random router
+weights: uneven, not force-balanced. MFU counts causal attention, forward and backward, over the
 measured peak of a square bf16 matmul in the same process. A benchmark that cannot lose is worth nothing: transformers
 is shown with its `eager` and its `grouped_mm` experts (`batched_mm` copies the weights of every token: tens of GB
 here).

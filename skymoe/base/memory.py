@@ -1,4 +1,4 @@
-"""The C allocator's habit that costs a CPU training step a third of its time, and how to break it.
+"""The C allocator's habit that costs a CPU training step up to a sixth of its time, and how to break it.
 
 glibc serves every large block straight from the kernel and gives it back when it is freed. A training step frees and
 takes the same activations over and over: each time the kernel maps fresh pages and fills them with zeros, a pass over

@@ -5,7 +5,7 @@ backward of one is the forward of the other with the same two index vectors.
 
 Every expert's rows can be rounded up to a multiple (`row_multiple`), the rest filled with zero rows. A CPU wants
 that: its matmul library compiles a kernel for each number of rows it meets, loads differ from step to step, and so a
-sixth of a small training step went into compiling (docs/performance.md). Zero rows change nothing: they are read by
+fifth of a small training step went into compiling (docs/performance.md). Zero rows change nothing: they are read by
 no token, and the gradient that comes back to them is zero.
 
 Shapes: T tokens, K experts per token, R rows (T*K assignments less pads and drops, plus fillers), E experts, D model.
@@ -44,7 +44,8 @@ def group_by_expert(routing: Routing, row_multiple: int = 1) -> Grouping:
 
     Args:
         routing: where the tokens go.
-        row_multiple: round every expert's rows up to a multiple of this; 1 adds none and never waits for a device.
+        row_multiple: round every expert's rows up to a multiple of this; 1 adds none, and waits for no
+            device unless there are pads or drops.
     """
     ids_TK = routing.expert_ids_TK
     order = ids_TK.flatten().argsort(stable=True)  # unsent ids are E, so they stand last

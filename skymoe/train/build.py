@@ -57,9 +57,8 @@ def build_model(
     model.to(device=device, dtype=dtype)
     for moe in moe_modules(model):
         if moe.router.expert_bias is not None:
-            moe.router.expert_bias = (
-                moe.router.expert_bias.float()
-            )  # it moves in steps of 1e-3, which bf16 would swallow
+            # It moves in steps of 1e-3, which bf16 would swallow.
+            moe.router.expert_bias = moe.router.expert_bias.float()
     return model
 
 

@@ -33,6 +33,7 @@ from skymoe.train.resume import check_same_run
 from skymoe.train.state import TrainState, restore_state
 from skymoe.train.throughput import describe_machine
 from skymoe.train.trackers import open_trackers
+from skymoe.weights.buffers import torch_dtype
 from skymoe.weights.generation import Generation, latest_generation
 
 
@@ -64,7 +65,7 @@ def start(config: TrainConfig, device: torch.device) -> Job:
             spec,
             config.data.sequence_length,
             peak_flops=config.precision.peak_flops,
-            dtype=_torch_dtype(config.precision.compute),
+            dtype=torch_dtype(config.precision.compute),
             device=device,
         ),
         device=device,
@@ -132,7 +133,7 @@ def _identity(config: TrainConfig, spec: ModelSpec, mixture: Mixture) -> dict[st
 
 
 def _build_state(config: TrainConfig, spec: ModelSpec, device: torch.device, *, load_weights: bool) -> TrainState:
-    dtype = _torch_dtype(config.precision.weights)
+    dtype = torch_dtype(config.precision.weights)
     model = build_model(config.model, spec, seed=config.run.seed, dtype=dtype, device=device, load_weights=load_weights)
     torch.manual_seed(config.run.seed)
     balance = config.balance
@@ -163,7 +164,7 @@ def _objective(config: TrainConfig, spec: ModelSpec) -> Objective:
         global_statistics=balance.scope == "global",
         z_coefficient=balance.z_loss if spec.moe else 0.0,
         real_capacity=balance.capacity_factor if balance.capacity == "real" else None,
-        compute=None if precision.compute == precision.weights else _torch_dtype(precision.compute),
+        compute=None if precision.compute == precision.weights else torch_dtype(precision.compute),
         recompute=range(int(layers)),
     )
 
@@ -204,8 +205,3 @@ def tokenizer_directory(data: DataConfig, model: Path | None) -> Path | None:
     if data.tokenizer is not None:
         return data.tokenizer
     return model if model is not None and (model / "tokenizer.json").exists() else None
-
-
-def _torch_dtype(name: str) -> torch.dtype:
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
