@@ -19,6 +19,7 @@ from skymoe.base.dtype import DType
 from skymoe.base.files import staging_directory
 from skymoe.base.log import logger
 from skymoe.base.progress import progress
+from skymoe.convert.receipt import Receipt, measure
 from skymoe.model.init import initial_tensor
 from skymoe.model.load import check_spare_head
 from skymoe.model.save import write_documents, write_json
@@ -27,7 +28,6 @@ from skymoe.spec.hf import spec_from_directory
 from skymoe.spec.model import ModelSpec
 from skymoe.upcycle.config import UpcycleConfig
 from skymoe.upcycle.plan import Operation, Step, UpcyclePlan, plan_copy
-from skymoe.upcycle.receipt import Receipt, measure
 from skymoe.upcycle.target import exactness, target_spec
 from skymoe.weights.buffers import torch_dtype
 from skymoe.weights.match import match_tensors

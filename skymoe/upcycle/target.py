@@ -6,9 +6,10 @@ the combine weights sum to 1, whatever the router says; `exactness` is that tabl
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from skymoe.base.errors import ConfigError
+from skymoe.convert.exactness import Exactness
 from skymoe.spec.hf_families import uncarried
 from skymoe.spec.model import Architecture, GateNormSpec, ModelSpec, MoESpec
 from skymoe.upcycle.config import Method, TargetFormat, UpcycleConfig
@@ -24,14 +25,6 @@ _NATIVE = {
     Architecture.QWEN3: Architecture.QWEN3_MOE,
     Architecture.SKYMOE: Architecture.SKYMOE,
 }
-
-
-@dataclass(frozen=True)
-class Exactness:
-    """Whether the upcycled model computes the dense model's function, in real arithmetic, and why."""
-
-    exact: bool
-    reason: str
 
 
 def target_spec(dense: ModelSpec, config: UpcycleConfig) -> tuple[ModelSpec, tuple[str, ...]]:

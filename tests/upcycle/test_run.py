@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from skymoe.base.config import check_config
 from skymoe.base.errors import ConfigError, FormatError, MachineError
+from skymoe.convert.receipt import mean_kl, streamed_logits
 from skymoe.model.load import load
 from skymoe.spec.hf import spec_from_directory
 from skymoe.spec.model import Architecture
 from skymoe.upcycle.config import UpcycleConfig
-from skymoe.upcycle.receipt import mean_kl, streamed_logits
 from skymoe.upcycle.run import run
 
 TOKENS = torch.arange(2 * 19).view(2, 19) * 5 % 83
@@ -149,8 +149,8 @@ def test_mean_kl_by_hand():
 
 
 def test_a_damaged_copy_does_not_get_an_exact_receipt(oracle, tmp_path):
+    from skymoe.convert.receipt import measure
     from skymoe.upcycle.config import Method
-    from skymoe.upcycle.receipt import measure
     from skymoe.upcycle.target import exactness
 
     dense = oracle.make(tmp_path / "dense", "llama")

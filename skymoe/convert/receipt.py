@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from skymoe.convert.exactness import Exactness
 from skymoe.model.batch import BatchInfo
 from skymoe.model.load import read_parameters
 from skymoe.model.transformer import Transformer
 from skymoe.ops.experts import ExpertsBackend
 from skymoe.spec.hf import spec_from_directory
-from skymoe.upcycle.target import Exactness
 from skymoe.weights.match import match_tensors
 from skymoe.weights.reader import WeightsReader
 

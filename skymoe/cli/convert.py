@@ -1,0 +1,41 @@
+"""The commands that turn one model directory into another. Imports stand inside: `--help` must not wait for torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from skymoe.cli.options import AsJson, Extra, Quiet, Seed, Verbose, given
+
+
+def upcycle(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="A dense model, a Hugging Face directory.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to create.")],
+    method: Annotated[str | None, typer.Option(help="How the experts are made.")] = None,
+    experts: Annotated[int | None, typer.Option(help="Experts per layer.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Experts per token.")] = None,
+    gate_norm: Annotated[bool | None, typer.Option(help="Gating logit normalization (Skywork-MoE Eq. 6).")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the new weights; that of SRC if not given.")] = None,
+    overwrite: Annotated[bool | None, typer.Option("--overwrite", help="Replace OUT when it exists.")] = None,
+    seed: Seed = None,
+    extra: Extra = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Turn a dense model into a mixture of experts, with a receipt of how exactly it computes the same."""
+    from skymoe.base.config import check_config
+    from skymoe.cli.console import print_json, print_report
+    from skymoe.upcycle.config import UpcycleConfig
+
+    options = given(
+        source=source, out=out, method=method, experts=experts, top_k=top_k, gate_norm=gate_norm, dtype=dtype,
+        overwrite=overwrite, seed=seed,
+    )  # fmt: skip
+    config = check_config(UpcycleConfig, options, extra or ())
+    from skymoe.upcycle.run import run
+
+    result = run(config)
+    print_json(result) if as_json else print_report(result)

@@ -1,0 +1,73 @@
+"""Do a plan: read, make, write, forget; one step at a time.
+
+Memory is bounded by the largest step (`ConversionPlan.peak_bytes`), whatever the size of the model. The order of the
+plan finishes one shard after another, and a finished shard stays finished: a run that was killed goes on with the
+first shard that is not.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from skymoe.base.progress import progress
+from skymoe.convert.apply import Make
+from skymoe.convert.parents import Parent
+from skymoe.convert.plan import ConversionPlan, Source, Target
+from skymoe.weights.buffers import torch_dtype
+from skymoe.weights.writer import DEFAULT_SHARD_BYTES, ShardedWriter
+
+
+@torch.no_grad()
+def replay(
+    plan: ConversionPlan,
+    parents: Sequence[Parent],
+    directory: Path,
+    make: Make,
+    *,
+    name: str,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+) -> tuple[Path, ...]:
+    """Write the weights that `plan` describes into `directory`.
+
+    Args:
+        plan: what to do.
+        parents: the sources, by their numbers.
+        directory: exists; best a staging directory.
+        make: performs the operations; `apply.make_common` for the common ones.
+        name: of the work, for the progress bar.
+        max_shard_bytes: most bytes in one weight file.
+
+    Returns:
+        The weight files.
+
+    Raises:
+        FormatError: a source is damaged. MachineError: no space, no permission.
+    """
+    tensors = [(target.name, target.dtype, target.shape) for target in plan.tensors]
+    writer = ShardedWriter(directory, tensors, max_shard_bytes=max_shard_bytes)
+    started, done = time.monotonic(), 0
+    with writer, progress(name, plan.bytes_written / 1e9, "GB") as bar:
+        for step in plan.steps:
+            results = make(step.operation, lambda source: read_source(parents, source))
+            for target in step.targets:
+                writer.add(target.name, _as_planned(results[target.slot], target))
+                done += target.num_bytes
+                speed = done / 1e9 / max(time.monotonic() - started, 1e-6)
+                bar.advance(target.num_bytes / 1e9, GB_per_s=speed)
+    return writer.finish()
+
+
+def read_source(parents: Sequence[Parent], source: Source) -> Tensor:
+    """The values of `source`, of `source.shape`."""
+    reader = parents[source.parent].reader
+    return reader.slice(source.name, *source.parts).view(source.shape) if source.parts else reader.tensor(source.name)
+
+
+def _as_planned(tensor: Tensor, target: Target) -> Tensor:
+    tensor = tensor.to(torch_dtype(target.dtype))
+    return tensor.expand(target.shape) if tensor.ndim == 0 and target.shape else tensor
