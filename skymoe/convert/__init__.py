@@ -1,1 +1,1 @@
-"""Floor 5: one model directory (or several) into another, one tensor at a time: the engine of upcycle, export, quantize."""
+"""Floor 5: model directories into another one, a tensor at a time: the engine of upcycle, export and quantize."""
