@@ -14,6 +14,7 @@ class TrainReport:
     Attributes:
         dir: the run directory.
         model: the final Hugging Face directory, or None when the run was interrupted.
+        files, bytes_written: what is in it; empty and 0 when the run was interrupted.
         step, steps: done and asked.
         tokens: trained on, over all parts of the run.
         seconds: of this call, everything included.
@@ -29,6 +30,8 @@ class TrainReport:
 
     dir: str
     model: str | None
+    files: tuple[str, ...]
+    bytes_written: int
     step: int
     steps: int
     tokens: int

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 
 from skymoe.base.errors import TrainingError
+from skymoe.convert.result import written
 from skymoe.model.save import save_pretrained
 from skymoe.train.config import TrainConfig
 from skymoe.train.job import Job
@@ -44,10 +45,8 @@ def run(config: TrainConfig) -> TrainReport:
 
 
 def _export(job: Job) -> None:
-    config = job.config
-    out = (
-        config.run.dir / "model"
-    )  # written again by every call that finds the run finished: it may be stale or damaged
+    # Written again by every call that finds the run finished: it may be stale or damaged.
+    config, out = job.config, job.config.run.dir / "model"
     if bad := job.state.non_finite_weights():
         raise TrainingError(
             f"the trained weights are not finite: {', '.join(bad[:5])}",
@@ -63,9 +62,12 @@ def _report(job: Job, stop: StopRequest, seconds: float) -> TrainReport:
     config = job.config
     finished = counters.step >= config.steps
     losses = [line["loss"] for line in read_metrics(config.run.dir / "metrics.jsonl") if line["kind"] == "train"]
+    model = written(config.run.dir / "model", seconds) if finished else None
     return TrainReport(
         dir=str(config.run.dir),
-        model=str(config.run.dir / "model") if finished else None,
+        model=str(model.out) if model else None,
+        files=model.files if model else (),
+        bytes_written=model.bytes_written if model else 0,
         step=counters.step,
         steps=config.steps,
         tokens=counters.tokens,
