@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from skymoe.base.errors import CheckpointError, ConfigError
+from skymoe.base.json_diff import MISSING, changes, short
 from skymoe.base.strict_json import read_json_object
 from skymoe.ckpt.places import find_newest, is_generation, is_model
 from skymoe.ckpt.result import Difference
@@ -19,7 +20,6 @@ from skymoe.weights.header import TensorFile
 from skymoe.weights.index import ModelFiles
 from skymoe.weights.verify import check_files
 
-_MISSING = object()
 _MAX_CONFIG_BYTES = 10_000_000
 
 
@@ -117,8 +117,9 @@ def _compare_tensor(
 def compare_documents(left: Side, right: Side) -> Iterator[Difference]:
     """What differs among the JSON documents, down to the key."""
     for name in sorted(left.documents.keys() | right.documents.keys()):
-        one, other = left.documents.get(name, _MISSING), right.documents.get(name, _MISSING)
-        yield from _compare_values(f"{name}:", one, other)
+        one, other = left.documents.get(name, MISSING), right.documents.get(name, MISSING)
+        for change in changes(one, other):
+            yield _document_difference(f"{name}:{change.path}", change.left, change.right)
 
 
 def is_circumstance(difference: Difference, patterns: tuple[str, ...]) -> bool:
@@ -127,23 +128,10 @@ def is_circumstance(difference: Difference, patterns: tuple[str, ...]) -> bool:
     return any(fnmatchcase(key, pattern) or fnmatchcase(key, f"{pattern}.*") for pattern in patterns)
 
 
-def _compare_values(path: str, one: Any, other: Any) -> Iterator[Difference]:
-    if isinstance(one, dict) and isinstance(other, dict):
-        for key in sorted(one.keys() | other.keys()):
-            below = path + key if path.endswith(":") else f"{path}.{key}"
-            yield from _compare_values(below, one.get(key, _MISSING), other.get(key, _MISSING))
-    elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
-        for index, (a, b) in enumerate(zip(one, other, strict=True)):
-            yield from _compare_values(f"{path}[{index}]", a, b)
-    elif one is _MISSING or other is _MISSING:
-        yield Difference(path, "only right" if one is _MISSING else "only left")
-    elif type(one) is not type(other) or repr(one) != repr(other):  # repr tells -0.0 from 0.0, and NaN equals itself
-        yield Difference(path, "value", f"{_short(one)} / {_short(other)}", _distance(one, other))
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def _document_difference(name: str, one: Any, other: Any) -> Difference:
+    if one is MISSING or other is MISSING:
+        return Difference(name, "only right" if one is MISSING else "only left")
+    return Difference(name, "value", f"{short(one)} / {short(other)}", _distance(one, other))
 
 
 def _distance(one: Any, other: Any) -> float | None:

@@ -2,8 +2,8 @@
 
 A command reads its options into the job's Config, calls the job's `run`, and prints the report: as text, or with
 `--json` as data on standard output. Everything else (progress, log, errors) goes to standard error. Exit codes are
-those of `skymoe.base.errors`. `convert.py` has the commands that write a model from a model, `jobs.py` the other work on models,
-`tools.py` the small ones.
+those of `skymoe.base.errors`. `convert.py` has the commands that write a model from a model or hold two against each
+other, `jobs.py` the other work on models, `tools.py` the small ones.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def skymoe(
     """Grow a dense language model into a mixture of experts, train it, measure it."""
 
 
-for command in (jobs.demo, convert.upcycle, jobs.train, jobs.generate, jobs.inspect, jobs.report):
+for command in (jobs.demo, convert.upcycle, convert.merge_check, jobs.train, jobs.generate, jobs.inspect, jobs.report):
     app.command()(command)
 app.add_typer(tools.data, name="data", help="Make token files from text.")
 app.add_typer(tools.ckpt, name="ckpt", help="List, verify and compare checkpoints.")

@@ -39,3 +39,32 @@ def upcycle(
 
     result = run(config)
     print_json(result) if as_json else print_report(result)
+
+
+def merge_check(
+    left: Annotated[Path, typer.Argument(metavar="A", help="A model, a Hugging Face directory.")],
+    right: Annotated[Path, typer.Argument(metavar="B", help="The same.")],
+    tolerance: Annotated[
+        float | None, typer.Option(help="Largest |A-B| of a tensor that is equal, as a part of its largest |A|.")
+    ] = None,
+    experts: Annotated[
+        bool | None, typer.Option("--experts", help="Compare B's experts with A's dense feed-forward.")
+    ] = None,
+    raw: Annotated[bool | None, typer.Option("--raw", help="Pair tensors by their names in the files.")] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Compare two models tensor by tensor, whatever their layouts. Exit 0 equal, 1 different."""
+    from skymoe.base.config import check_config
+    from skymoe.cli.console import print_json, standard_output
+    from skymoe.compare.config import CompareConfig
+
+    options = given(left=left, right=right, tolerance=tolerance, experts=experts, raw=raw)
+    config = check_config(CompareConfig, options)
+    from skymoe.compare.run import run
+    from skymoe.compare.table import show
+
+    result = run(config)
+    print_json(result.as_json()) if as_json else show(result, standard_output())
+    raise typer.Exit(result.exit_code)

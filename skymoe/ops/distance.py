@@ -22,7 +22,7 @@ class Distance:
         num_different: elements that differ in value.
         max_abs: largest |a - b|.
         largest: largest finite |a|.
-        difference_sq, left_sq, right_sq, product: sums of (a - b)^2, a^2, b^2 and a b, the last three of finite elements.
+        difference_sq, left_sq, right_sq, product: sums of (a - b)^2, and of the finite elements a^2, b^2 and a b.
     """
 
     num_different: int = 0
