@@ -302,9 +302,3 @@ class TrainConfig(Config):
         if isinstance(self.recompute, int) and self.recompute < 0:
             raise ValueError(f"recompute must be none, all or a number of layers, got {self.recompute}")
         return self
-
-    @model_validator(mode="after")
-    def _warmup_ends(self) -> Self:
-        if self.schedule.warmup_steps > self.steps:
-            raise ValueError(f"schedule.warmup_steps is {self.schedule.warmup_steps}, beyond the {self.steps} steps")
-        return self

@@ -26,7 +26,6 @@ def test_a_recipe_returns_from_its_yaml(tmp_path):
     [
         ({"optimizer": {"learning_rate": 1.0}}, "optimizer.learning_rate"),
         ({"steps": 0}, "steps"),
-        ({"steps": 3, "schedule": {"warmup_steps": 4}}, "beyond the 3 steps"),
         ({"balance": {"aux": "gshard"}}, "balance.aux"),
         ({"model": {"preset": "skywork-moe"}}, "exactly one of path, preset and spec"),
         ({"model": {"spec": None}}, "exactly one of path, preset and spec; got none"),
