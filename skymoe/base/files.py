@@ -3,8 +3,10 @@
 A crash, a full disk or Ctrl-C must never leave something that looks finished. So nothing is written under its final
 name: bytes go to a hidden sibling, are pushed to the disk (`fsync`), take their name in one rename, and the directory
 that holds the name is pushed to the disk too. A failure of the machine (no space, no permission) becomes a
-`MachineError`; any other error rises as it is. What is left out: locks. Two jobs that write one place are a mistake of
-the user, and the last rename wins.
+`MachineError`; any other error rises as it is.
+
+Long work need not begin anew after a kill: a `resumable_directory` has a fixed hidden name, keeps what is done, and is
+continued by a run with the same fingerprint. As runs share that name, it is the one thing here that is locked.
 """
 
 from __future__ import annotations
@@ -17,8 +19,15 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from skymoe.base.errors import ConfigError, MachineError, printable
+from skymoe.base.log import logger
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 _MACHINE_ERRNOS = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EMFILE,
@@ -132,6 +141,43 @@ def staging_directory(final: Path, *, overwrite: bool = False) -> Iterator[Path]
             raise
 
 
+@contextmanager
+def resumable_directory(final: Path, fingerprint: str, *, overwrite: bool = False) -> Iterator[Path]:
+    """As `staging_directory`, but a killed or interrupted run leaves its work for the next one with `fingerprint`.
+
+    The work is in `.NAME.partial/` beside `final`: `content/`, which becomes `final`, and `fingerprint`, which says of
+    what it is the beginning. SIGKILL, SIGTERM and Ctrl-C leave it there. A run with the same fingerprint finds it, less
+    half-written small files (`write_atomic`); a run with another one throws it away. Any other error removes it: a full
+    disk gets its space back. It is locked while the block runs, where the system has `flock`.
+
+    Args:
+        final: the directory to create.
+        fingerprint: of everything that decides the content: inputs, options, version of the program.
+        overwrite: replace `final` when it exists.
+
+    Raises:
+        ConfigError: `final` exists and is not an empty directory, and `overwrite` is not given.
+        MachineError: another run is writing `final`; no space, no permission.
+    """
+    _refuse_existing(final, overwrite)
+    partial = final.with_name(f".{final.name}.partial")
+    content = partial / "content"
+    with machine_errors(final), _locked(partial / "fingerprint", final) as record:
+        try:
+            _refuse_existing(final, overwrite)  # a run that held the lock may have published it
+            _keep_or_clear(content, record, fingerprint)
+            yield content
+            fsync_tree(content)
+            _publish(content, final)
+        except Exception:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        except BaseException:
+            logger.info("interrupted: the same command goes on from here (or remove %s)", printable(partial))
+            raise
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def fsync_tree(directory: Path) -> None:
     """Push every file and every directory below `directory`, and itself, to the disk."""
     for parent, _, names in os.walk(directory):
@@ -140,6 +186,50 @@ def fsync_tree(directory: Path) -> None:
             if not path.is_symlink():
                 fsync_file(path)
         fsync_dir(Path(parent))
+
+
+@contextmanager
+def _locked(path: Path, final: Path) -> Iterator[BinaryIO]:
+    """The file at `path`, made if need be, open for reading and writing, and nobody else's."""
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a+b") as file:
+            _lock(file, final)
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                yield file
+                return
+        # The run before us removed the file between our opening and our locking it.
+
+
+def _lock(file: BinaryIO, final: Path) -> None:
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        hint = "wait for it; or stop it, and the same command again goes on where it stopped"
+        raise MachineError("another run is writing this directory", where=final, hint=hint) from error
+    except OSError as error:  # some network file systems have no locks
+        logger.debug("no lock on %s: %s", printable(file.name), error.strerror)
+
+
+def _keep_or_clear(content: Path, record: BinaryIO, fingerprint: str) -> None:
+    """Leave in `content` what a run with the same fingerprint did; otherwise make it empty and note whose it is."""
+    record.seek(0)
+    if record.read() == fingerprint.encode():
+        content.mkdir(exist_ok=True)
+        for leftover in content.rglob(".*.tmp-*"):
+            leftover.unlink()
+        return
+    if content.exists():
+        logger.info("%s is the beginning of something else: begun anew", printable(content.parent))
+        shutil.rmtree(content)
+    record.truncate(0)
+    content.mkdir()
+    record.write(fingerprint.encode())
+    record.flush()
+    os.fsync(record.fileno())
+    fsync_dir(content.parent)
 
 
 def _refuse_existing(final: Path, overwrite: bool) -> None:

@@ -134,3 +134,76 @@ def test_a_path_that_leads_nowhere_is_bad_input(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere.*cannot be used") as caught:
         files.write_atomic(tmp_path / "nowhere" / "x.html", b"")
     assert caught.value.exit_code == 2
+
+
+def test_interrupted_work_is_found_again(tmp_path: Path) -> None:
+    final = tmp_path / "deep" / "model"
+    for error in (KeyboardInterrupt, SystemExit, GeneratorExit):
+        with pytest.raises(error), files.resumable_directory(final, "of a") as content:
+            (content / error.__name__).write_text("done")
+            (content / ".x.json.tmp-0123abcd").write_text("half")
+            raise error
+        assert names(final.parent) == [".model.partial"]
+    with files.resumable_directory(final, "of a") as content:
+        assert names(content) == ["GeneratorExit", "KeyboardInterrupt", "SystemExit"]
+    assert (names(final), names(final.parent)) == (["GeneratorExit", "KeyboardInterrupt", "SystemExit"], ["model"])
+
+
+def test_work_on_something_else_is_begun_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    final = tmp_path / "model"
+    caplog.set_level("INFO", "skymoe")
+    for fingerprint in ("of a", "of b"):
+        with pytest.raises(KeyboardInterrupt), files.resumable_directory(final, fingerprint) as content:
+            assert names(content) == []
+            (content / fingerprint).write_text("")
+            raise KeyboardInterrupt
+    assert "the same command goes on" in caplog.text
+    assert "begun anew" in caplog.text
+
+
+def test_an_error_leaves_nothing_to_resume(tmp_path: Path) -> None:
+    for error in (RuntimeError, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))):
+        with pytest.raises((RuntimeError, MachineError)), files.resumable_directory(tmp_path / "m", "a") as content:
+            (content / "w").write_bytes(b"1")
+            raise error
+        assert names(tmp_path) == []
+
+
+def test_resumable_refuses_and_replaces_like_staging(tmp_path: Path) -> None:
+    final = tmp_path / "model"
+    with pytest.raises(KeyboardInterrupt), files.resumable_directory(final, "a") as content:
+        (content / "w").write_bytes(b"1")
+        raise KeyboardInterrupt
+    final.mkdir()
+    (final / "theirs").write_text("")
+    with pytest.raises(ConfigError, match="not empty"), files.resumable_directory(final, "a"):
+        pytest.fail("the block must not run")
+    with files.resumable_directory(final, "a", overwrite=True) as content:
+        assert names(content) == ["w"]  # the refusal did not cost the work
+    assert (names(final), names(tmp_path)) == (["w"], ["model"])
+
+
+def test_two_runs_cannot_write_one_directory(tmp_path: Path) -> None:
+    final = tmp_path / "model"
+    with files.resumable_directory(final, "a") as content:
+        (content / "w").write_text("mine")
+        with pytest.raises(MachineError, match="another run"), files.resumable_directory(final, "b"):
+            pytest.fail("the block must not run")
+    assert (names(final), names(tmp_path)) == (["w"], ["model"])
+
+
+def test_a_lock_on_a_file_that_is_gone_is_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run before us publishes and removes the record between our opening and our locking it."""
+    lock, partial = files._lock, tmp_path / ".model.partial"
+    calls = []
+
+    def late(file: object, final: Path) -> None:
+        lock(file, final)
+        calls.append(file)
+        if len(calls) == 1:
+            shutil.rmtree(partial)
+
+    monkeypatch.setattr(files, "_lock", late)
+    with files.resumable_directory(tmp_path / "model", "a") as content:
+        assert (content.parent / "fingerprint").read_text() == "a"
+    assert (len(calls), names(tmp_path)) == (2, ["model"])
