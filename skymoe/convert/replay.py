@@ -49,12 +49,15 @@ def replay(
         FormatError: a source is damaged. MachineError: no space, no permission.
     """
     tensors = [(target.name, target.dtype, target.shape) for target in plan.tensors]
-    writer = ShardedWriter(directory, tensors, max_shard_bytes=max_shard_bytes)
+    writer = ShardedWriter(directory, tensors, max_shard_bytes=max_shard_bytes, resume=True)
     started, done = time.monotonic(), 0
     with writer, progress(name, plan.bytes_written / 1e9, "GB") as bar:
         for step in plan.steps:
+            targets = [target for target in step.targets if target.name not in writer.done]
+            if not targets:
+                continue
             results = make(step.operation, lambda source: read_source(parents, source))
-            for target in step.targets:
+            for target in targets:
                 writer.add(target.name, _as_planned(results[target.slot], target))
                 done += target.num_bytes
                 speed = done / 1e9 / max(time.monotonic() - started, 1e-6)

@@ -3,11 +3,15 @@
 A safetensors header comes before the data and states every byte range. The plan (names, dtypes, shapes) is therefore
 given first; headers and shards follow from it, and each tensor is written at its place when it comes, in any order.
 Memory is bounded by the tensor at hand. The bytes depend on the plan and the tensors only, not on the order of arrival.
-At the end the writer proves that nothing is missing. It writes under the final names: give it a staging directory.
+At the end the writer proves that nothing is missing.
+
+A shard is `NAME.part` until all its tensors are on the disk (fsync), and only then `NAME`. So whatever kills the
+process, a file under its name is whole, and a later writer of the same plan may keep it (`resume`).
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -40,8 +44,13 @@ class ShardedWriter:
         plan: (name, dtype, shape) of every tensor, in the order of the shards.
         max_shard_bytes: most bytes of tensor data in one file.
         metadata: free strings of each header.
+        resume: keep the shards that an earlier writer of this plan finished here; their tensors are `done`.
+
+    Attributes:
+        done: names of the tensors that need not come, because their shard was finished before.
 
     Raises:
+        ConfigError: a shard is there already, and `resume` is not given.
         FormatError: a name that is unsafe or comes twice, a plan without tensors.
         MachineError: the disk is too small, or a write fails.
     """
@@ -53,14 +62,19 @@ class ShardedWriter:
         *,
         max_shard_bytes: int = DEFAULT_SHARD_BYTES,
         metadata: Mapping[str, str] = _METADATA,
+        resume: bool = False,
     ) -> None:
         self._directory = directory
         shards = _cut(_check_plan(plan), max_shard_bytes)
         self._total_bytes = sum(info.num_bytes for shard in shards for info in shard.values())
-        ensure_free_space(directory, self._total_bytes)
         paths = [directory / name for name in _shard_names(len(shards))]
         self._shards = [_Shard(path, *plan_file(shard, metadata)) for path, shard in zip(paths, shards, strict=True)]
         self._shard_of = {name: shard for shard in self._shards for name in shard.header.tensors}
+        with machine_errors(directory):
+            finished = [shard for shard in self._shards if shard.begin(resume)]
+        self.done = frozenset(name for shard in finished for name in shard.header.tensors)
+        there = sum(shard.header.num_bytes for shard in finished)
+        ensure_free_space(directory, sum(shard.header.num_bytes for shard in self._shards) - there)
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Write `tensor` at its place.
@@ -115,19 +129,35 @@ class ShardedWriter:
 
 
 class _Shard:
-    """One file being written; opened at its first tensor, pushed to the disk and closed at its last."""
+    """One file being written; opened at its first tensor, pushed to the disk, closed and named at its last."""
 
     def __init__(self, path: Path, prefix: bytes, header: Header) -> None:
         self.path, self.header = path, header
         self.missing = set(header.tensors)
+        self._part = path.with_name(f"{path.name}.part")
         self._prefix = prefix
         self._file: FileIO | None = None
+
+    def begin(self, resume: bool) -> bool:
+        """Look at what is there; whether it is this shard, finished. What is not is removed."""
+        if not resume and (self.path.exists() or self._part.exists()):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(self.path))
+        self._part.unlink(missing_ok=True)
+        if not self.path.is_file():
+            return False
+        with FileIO(self.path, "rb") as file:
+            same = file.read(len(self._prefix)) == self._prefix
+        if not same or self.path.stat().st_size != self.header.num_bytes:
+            self.path.unlink()
+            return False
+        self.missing.clear()
+        return True
 
     def write(self, name: str, data: memoryview) -> None:
         """Put the bytes of tensor `name` at their place."""
         with machine_errors(self.path):
             if self._file is None:
-                self._file = FileIO(self.path, "xb")
+                self._file = FileIO(self._part, "xb")
                 write_all(self._file, self._prefix)
             self._file.seek(self.header.offsets[name])
             write_all(self._file, data)
@@ -135,6 +165,7 @@ class _Shard:
             if not self.missing:
                 os.fsync(self._file.fileno())
                 self.close()
+                os.rename(self._part, self.path)
 
     def close(self) -> None:
         """Close the file as it is."""
