@@ -11,7 +11,8 @@ class SkyMoeConfig(PreTrainedConfig):
 
     Skywork-MoE (arXiv 2406.06563), Eq. 6: the router's logits z of each token become
     `gate_norm_scale * (z - mean(z)) / (std(z) + gate_norm_eps)` before the softmax, `std` with `gate_norm_ddof`.
-    `moe_layers` lists the mixture layers; None means all of them.
+    `moe_layers` lists the mixture layers; None means all of them. `qk_norm` is `head` (one RMSNorm for each head of the
+    queries and keys), `full` (over all heads together) or None.
     """
 
     model_type = "skymoe"
@@ -36,7 +37,7 @@ class SkyMoeConfig(PreTrainedConfig):
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False
+    qk_norm: str | None = None
     sliding_window: int | None = None
     layer_types: list[str] | None = None
     num_local_experts: int = 0

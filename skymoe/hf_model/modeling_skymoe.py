@@ -119,14 +119,23 @@ class SkyMoeAttention(Qwen2MoeAttention):
         self.sliding_window = config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
         if config.o_bias:
             self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size)
-        self.q_norm = Qwen2MoeRMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = Qwen2MoeRMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        widths = {"head": 1, "full": config.num_attention_heads}, {"head": 1, "full": config.num_key_value_heads}
+        self.q_norm, self.k_norm = (
+            Qwen2MoeRMSNorm(heads[config.qk_norm] * self.head_dim, eps=config.rms_norm_eps)
+            if config.qk_norm
+            else nn.Identity()
+            for heads in widths
+        )
 
     def forward(self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs):
         input_shape = hidden_states.shape[:-1]
         heads = (*input_shape, -1, self.head_dim)
-        query = self.q_norm(self.q_proj(hidden_states).view(heads)).transpose(1, 2)
-        key = self.k_norm(self.k_proj(hidden_states).view(heads)).transpose(1, 2)
+        query, key = self.q_proj(hidden_states), self.k_proj(hidden_states)
+        if self.config.qk_norm == "full":
+            query, key = self.q_norm(query).view(heads), self.k_norm(key).view(heads)
+        else:
+            query, key = self.q_norm(query.view(heads)), self.k_norm(key.view(heads))
+        query, key = query.transpose(1, 2), key.transpose(1, 2)
         value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if past_key_values is not None:

@@ -21,7 +21,7 @@ from enum import StrEnum
 
 from skymoe.base.dtype import DType
 from skymoe.base.errors import ConfigError
-from skymoe.spec.model import ModelSpec
+from skymoe.spec.model import ModelSpec, QkNorm
 
 
 class AttentionCount(StrEnum):
@@ -38,7 +38,7 @@ class ParameterCount:
     Attributes:
         embedding: V * D.
         head: V * D, or 0 when tied to the embedding.
-        attention: q, k, v, o with biases and the per-head norms.
+        attention: q, k, v, o with biases and the norms of q and k.
         dense_ffn: feed-forwards of the dense layers.
         experts: all routed experts.
         shared: shared experts with their gates.
@@ -80,12 +80,14 @@ class ParameterCount:
 def count_parameters(spec: ModelSpec) -> ParameterCount:
     """Parameters of `spec`.
 
-    Attention: D (H + 2 H_kv) d + H d D, biases and 2 d of q/k norm where the spec has them. SwiGLU of width F: 3 D F.
+    Attention: D (H + 2 H_kv) d + H d D, and where the spec has them biases and q/k norms (2 d per head; over the whole
+    projection (H + H_kv) d). SwiGLU of width F: 3 D F.
     """
     dim, num_layers, num_moe = spec.hidden_size, spec.num_layers, len(spec.moe_layer_ids)
     q_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     attention = 2 * dim * (q_size + kv_size)
-    attention += (q_size + 2 * kv_size) * spec.qkv_bias + dim * spec.o_bias + 2 * spec.head_dim * spec.qk_norm
+    attention += (q_size + 2 * kv_size) * spec.qkv_bias + dim * spec.o_bias
+    attention += {None: 0, QkNorm.HEAD: 2 * spec.head_dim, QkNorm.FULL: q_size + kv_size}[spec.qk_norm]
     dense = 3 * dim * spec.ffn_size + (2 * spec.ffn_size + dim) * spec.mlp_bias
     experts = active = shared = router = 0
     if spec.moe is not None:

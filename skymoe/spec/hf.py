@@ -22,6 +22,7 @@ from skymoe.base.errors import ConfigError, FormatError
 from skymoe.base.log import logger
 from skymoe.base.strict_json import read_json_object
 from skymoe.spec.fields import Fields
+from skymoe.spec.hf_attention import read_attention, write_attention
 from skymoe.spec.hf_families import FAMILIES, Family, uncarried
 from skymoe.spec.hf_ffn import read_ffn, write_ffn
 from skymoe.spec.hf_rope import read_rope, write_rope
@@ -32,6 +33,7 @@ MAX_CONFIG_BYTES = 4 * 2**20
 MAX_LAYERS = 10_000
 
 _CLASS_SUFFIX = "ForCausalLM"
+_REFUSED_NUMBERS = ("clip_qkv",)  # null in every OLMoE that was released
 _REFUSED_FLAGS = ("moe_2layer_gate", "add_cross_attention", "is_encoder_decoder")
 _TRAINING_NOISE = ("attention_dropout", "resid_pdrop", "embd_pdrop", "router_jitter_noise", "hidden_dropout")
 
@@ -64,10 +66,9 @@ def spec_from_config(config: Mapping[str, Any], *, where: object = CONFIG_NAME) 
     """
     fields = Fields(config, where)
     architecture = _architecture(fields)
-    family = FAMILIES[architecture]
     _refuse_unsupported(fields)
     try:
-        spec = ModelSpec(architecture=architecture, **_body(fields, family), **read_ffn(fields, architecture))
+        spec = ModelSpec(architecture=architecture, **_body(fields, architecture), **read_ffn(fields, architecture))
     except ConfigError as error:  # ModelSpec's own validation does not know the file
         raise FormatError(error.what, where=where) from error
     if unread := fields.unread():
@@ -111,7 +112,7 @@ def config_from_spec(spec: ModelSpec, *, dtype: str = "float32") -> dict[str, An
         "dtype": dtype,
         "torch_dtype": dtype,
         **write_rope(spec.rope, max_position=spec.max_position),
-        **family.write_extras(spec),
+        **write_attention(spec),
         **write_ffn(spec),
     }
 
@@ -152,6 +153,9 @@ def _refuse_unsupported(fields: Fields) -> None:
     for name in _TRAINING_NOISE:
         if fields.number(name, 0.0) != 0.0:
             raise fields.error(name, "must be 0", why="noise in training is not implemented", hint="set it to 0")
+    for name in _REFUSED_NUMBERS:
+        if name in fields:
+            raise fields.error(name, "is set: clipped queries, keys and values are not supported", hint="only null is")
     for name in _REFUSED_FLAGS:
         if fields.flag(name, False):
             raise fields.error(name, "is not supported")
@@ -159,7 +163,8 @@ def _refuse_unsupported(fields: Fields) -> None:
         raise fields.error("quantization_config", "is set: quantized weights cannot be read", hint="use the original")
 
 
-def _body(fields: Fields, family: Family) -> dict[str, Any]:
+def _body(fields: Fields, architecture: Architecture) -> dict[str, Any]:
+    family = FAMILIES[architecture]
     num_heads = fields.integer("num_attention_heads")
     hidden_size = fields.integer("hidden_size")
     max_position = fields.integer("max_position_embeddings", family.max_position)
@@ -171,6 +176,7 @@ def _body(fields: Fields, family: Family) -> dict[str, Any]:
     num_layers = fields.integer("num_hidden_layers")
     if num_layers > MAX_LAYERS:
         raise fields.error("num_hidden_layers", f"must be at most {MAX_LAYERS}, got {num_layers}")
+    bos, eos, pad = family.tokens
     return {
         "vocab_size": fields.integer("vocab_size"),
         "hidden_size": hidden_size,
@@ -183,10 +189,10 @@ def _body(fields: Fields, family: Family) -> dict[str, Any]:
         "rope": read_rope(fields, max_position=max_position, default_theta=family.theta),
         "tie_embeddings": fields.flag("tie_word_embeddings", False),
         "init_std": fields.number("initializer_range", 0.02),
-        "bos_id": _token(fields, "bos_token_id"),
-        "eos_ids": fields.integers("eos_token_id") if "eos_token_id" in fields else (),
-        "pad_id": _token(fields, "pad_token_id"),
-        **family.read_extras(fields, num_layers),
+        "bos_id": _token(fields, "bos_token_id", bos),
+        "eos_ids": _tokens(fields, "eos_token_id", eos),
+        "pad_id": _token(fields, "pad_token_id", pad),
+        **read_attention(fields, architecture, num_layers),
     }
 
 
@@ -195,8 +201,16 @@ def _num_kv_heads(fields: Fields, family: Family, num_heads: int) -> int:
     return fields.integer("num_key_value_heads", num_heads if optional else None)
 
 
-def _token(fields: Fields, name: str) -> int | None:
+def _token(fields: Fields, name: str, default: int | None) -> int | None:
+    if not fields.has(name):
+        return default
     value = fields.raw(name)
     if value is None or value == -1:  # old Llama files write -1 for "none"
         return None
     return fields.integer(name, minimum=0)
+
+
+def _tokens(fields: Fields, name: str, default: int | None) -> tuple[int, ...]:
+    if fields.has(name) or default is None:
+        return fields.integers(name)
+    return (default,)

@@ -1,8 +1,8 @@
 """The feed-forward half of a Hugging Face config: dense widths, experts, gate.
 
-Field names differ per family: Mixtral's `intermediate_size` is the expert's width, Qwen's is the dense layers' and
-`moe_intermediate_size` the expert's; Skywork writes `num_experts` as a list and switches gate normalization by the
-*value* of `moe_use_logits_norm` (its released inference code tested only whether the field exists).
+Field names differ per family: Mixtral's and OLMoE's `intermediate_size` is the expert's width, Qwen's is the dense
+layers' and `moe_intermediate_size` the expert's; Skywork writes `num_experts` as a list and switches gate normalization
+by the *value* of `moe_use_logits_norm` (its released inference code tested only whether the field exists).
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ def read_ffn(fields: Fields, architecture: Architecture) -> dict[str, Any]:
             return _read_skywork(fields)
         case Architecture.QWEN2_MOE | Architecture.QWEN3_MOE:
             return _read_qwen(fields, shared=architecture is Architecture.QWEN2_MOE)
+        case Architecture.OLMOE:
+            return _read_olmoe(fields)
         case Architecture.SKYMOE:
             return _read_skymoe(fields)
     return {"ffn_size": fields.integer("intermediate_size")}
@@ -36,6 +38,8 @@ def write_ffn(spec: ModelSpec) -> dict[str, Any]:
             return _write_skywork(spec)
         case Architecture.QWEN2_MOE | Architecture.QWEN3_MOE:
             return _write_qwen(spec)
+        case Architecture.OLMOE:
+            return _write_olmoe(spec)
         case Architecture.SKYMOE:
             return _write_skymoe(spec)
     return {"intermediate_size": spec.ffn_size}
@@ -47,6 +51,7 @@ def _read_mixtral(fields: Fields) -> dict[str, Any]:
         num_experts=fields.integer("num_local_experts", 8),
         top_k=fields.integer("num_experts_per_tok", 2),
         ffn_size=ffn_size,
+        **_read_hints(fields),
     )
     return {"ffn_size": ffn_size, "moe": moe}
 
@@ -57,9 +62,8 @@ def _write_mixtral(spec: ModelSpec) -> dict[str, Any]:
         "intermediate_size": moe.ffn_size,
         "num_local_experts": moe.num_experts,
         "num_experts_per_tok": moe.top_k,
-        "router_aux_loss_coef": 0.001,
         "router_jitter_noise": 0.0,
-        "output_router_logits": False,
+        **_write_hints(moe),
     }
 
 
@@ -127,6 +131,7 @@ def _read_qwen(fields: Fields, *, shared: bool) -> dict[str, Any]:
         ffn_size=fields.integer("moe_intermediate_size"),
         norm_topk=fields.flag("norm_topk_prob", False),
         shared_ffn_size=fields.integer("shared_expert_intermediate_size", 5632) if shared else 0,
+        **_read_hints(fields),
     )
     ffn_size = fields.integer("intermediate_size", moe.ffn_size)
     return {"ffn_size": ffn_size, "moe": moe, "moe_layers": None if len(layers) == num_layers else layers}
@@ -143,9 +148,31 @@ def _write_qwen(spec: ModelSpec) -> dict[str, Any]:
         "norm_topk_prob": moe.norm_topk,
         "decoder_sparse_step": 1,
         "mlp_only_layers": [layer for layer in range(spec.num_layers) if not spec.is_moe_layer(layer)],
-        "router_aux_loss_coef": 0.001,
-        "output_router_logits": False,
         **shared,
+        **_write_hints(moe),
+    }
+
+
+def _read_olmoe(fields: Fields) -> dict[str, Any]:
+    ffn_size = fields.integer("intermediate_size")  # of one expert: there are no dense layers
+    moe = MoESpec(
+        num_experts=fields.integer("num_experts" if "num_experts" in fields else "num_local_experts", 64),
+        top_k=fields.integer("num_experts_per_tok", 8),
+        ffn_size=ffn_size,
+        norm_topk=fields.flag("norm_topk_prob", False),
+        **_read_hints(fields, default=0.01),
+    )
+    return {"ffn_size": ffn_size, "moe": moe}
+
+
+def _write_olmoe(spec: ModelSpec) -> dict[str, Any]:
+    moe = _moe(spec)
+    return {
+        "intermediate_size": moe.ffn_size,
+        "num_experts": moe.num_experts,
+        "num_experts_per_tok": moe.top_k,
+        "norm_topk_prob": moe.norm_topk,
+        **_write_hints(moe),
     }
 
 
@@ -170,6 +197,7 @@ def _read_skymoe(fields: Fields) -> dict[str, Any]:
         norm_topk=fields.flag("norm_topk_prob", True),
         expert_bias=fields.flag("expert_bias", False),
         shared_ffn_size=fields.integer("shared_expert_intermediate_size", 0, minimum=0),
+        **_read_hints(fields),
     )
     layers = fields.integers("moe_layers") if "moe_layers" in fields else None
     return {"ffn_size": ffn_size, "moe": moe, "moe_layers": layers}
@@ -194,9 +222,17 @@ def _write_skymoe(spec: ModelSpec) -> dict[str, Any]:
         "expert_bias": moe.expert_bias,
         "shared_expert_intermediate_size": moe.shared_ffn_size,
         "moe_layers": None if spec.moe_layers is None else list(spec.moe_layers),
-        "router_aux_loss_coef": 0.001,
-        "output_router_logits": False,
+        **_write_hints(moe),
     }
+
+
+def _read_hints(fields: Fields, default: float = 0.001) -> dict[str, Any]:
+    coef = fields.number("router_aux_loss_coef", default)
+    return {"aux_loss_coef": coef, "output_router_logits": fields.flag("output_router_logits", False)}
+
+
+def _write_hints(moe: MoESpec) -> dict[str, Any]:
+    return {"router_aux_loss_coef": moe.aux_loss_coef, "output_router_logits": moe.output_router_logits}
 
 
 def _moe(spec: ModelSpec) -> MoESpec:

@@ -30,14 +30,19 @@ def read_rope(fields: Fields, *, max_position: int, default_theta: float) -> Rop
     _refuse_partial(fields)
     parameters, scaling = fields.section("rope_parameters"), fields.section("rope_scaling")
     legacy_theta = fields.number("rope_theta", default_theta)
-    theta = parameters.number("rope_theta", legacy_theta) if parameters else legacy_theta
-    if parameters and "rope_theta" in fields and theta != legacy_theta:
-        raise fields.error("rope_theta", f"is {legacy_theta} but rope_parameters.rope_theta is {theta}")
     original = fields.integer("original_max_position_embeddings", max_position)
-    found = [_variant(section, theta, max_position, original) for section in (parameters, scaling) if section]
+    found: list[RopeSpec] = []
+    for section in (parameters, scaling):
+        if section is None:
+            continue
+        theta = section.number("rope_theta", legacy_theta)
+        if "rope_theta" in fields and theta != legacy_theta:
+            raise section.error("rope_theta", f"is {theta}, but the model's rope_theta is {legacy_theta}")
+        _refuse_other_original(fields, section)
+        found.append(_variant(section, theta, max_position, original))
     if len(found) == 2 and found[0] != found[1]:
         raise fields.error("rope_scaling", "and rope_parameters describe different rotary embeddings")
-    return found[0] if found else RopeSpec(theta=theta)
+    return found[0] if found else RopeSpec(theta=legacy_theta)
 
 
 def write_rope(rope: RopeSpec, *, max_position: int) -> dict[str, Any]:
@@ -73,9 +78,6 @@ def _variant(section: Fields, theta: float, max_position: int, original: int) ->
         raise section.error("rope_type", f"{name!r} is not supported", hint=f"supported variants: {known}") from None
     _refuse_nested(section)
     _refuse_partial(section)
-    own_theta = section.number("rope_theta", theta)
-    if own_theta != theta:
-        raise section.error("rope_theta", f"is {own_theta}, but the model's rope_theta is {theta}")
     if kind is RopeScaling.NONE:
         return RopeSpec(theta=theta)
     original = section.integer("original_max_position_embeddings", original)
@@ -120,6 +122,13 @@ def _yarn(section: Fields, common: RopeSpec) -> RopeSpec:
         mscale=section.number("mscale", 0.0),
         mscale_all_dim=section.number("mscale_all_dim", 0.0),
     )
+
+
+def _refuse_other_original(fields: Fields, section: Fields) -> None:
+    """transformers lets the outer field win, other tools the inner one."""
+    name = "original_max_position_embeddings"
+    if name in fields and name in section and fields.raw(name) != section.raw(name):
+        raise section.error(name, f"is {section.integer(name)}, but the model's is {fields.integer(name)}")
 
 
 def _refuse_partial(fields: Fields) -> None:

@@ -1,11 +1,14 @@
-"""Sliding windows in a Hugging Face config: in every layer, in none, or from some layer on.
+"""Sliding windows in a Hugging Face config: in every layer, in none, or in some.
 
 Mistral says `sliding_window` alone; Qwen says `use_sliding_window`, `max_window_layers` or an explicit `layer_types`. A
-ModelSpec knows a window and the first layer that has it; other patterns (alternating layers) are refused by name.
+ModelSpec names the layers. Where a file does not, the transformers class decides, and the classes differ: Qwen2 and
+Qwen3 slide from layer `max_window_layers` on, Qwen2-MoE in every second layer below it. Tools older than `layer_types`
+know neither; we always write it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from skymoe.spec.fields import Fields
@@ -21,29 +24,28 @@ def read_whole_window(fields: Fields, num_layers: int, default: int | None) -> d
     return {"sliding_window": window}
 
 
-def read_layer_window(fields: Fields, num_layers: int, first: int, *, switch: bool | None = None) -> dict[str, Any]:
-    """Window size and first windowed layer, from `layer_types` where given, else from `first`."""
+def read_layer_window(
+    fields: Fields, num_layers: int, default: Iterable[int], *, switch: bool | None = None
+) -> dict[str, Any]:
+    """Window size and the layers that have it, from `layer_types` where given, else `default`."""
     enabled = fields.flag("use_sliding_window", False) if switch is None else switch
     window = (read_window(fields) if fields.has("sliding_window") else 4096) if enabled else None
-    if kinds := _checked_layer_types(fields, num_layers):
-        first = kinds.index(SLIDING) if SLIDING in kinds else num_layers
-        if FULL in kinds[first:]:
-            raise fields.error(
-                "layer_types", "has full attention after a sliding layer", why="that order is not supported"
-            )
-        if window is None and first < num_layers:
-            raise fields.error("layer_types", "names sliding layers, but no sliding window is in use")
-    if window is None or first >= num_layers:
-        return {"sliding_window": None, "sliding_first_layer": 0}
-    return {"sliding_window": window, "sliding_first_layer": first}
+    kinds = _checked_layer_types(fields, num_layers)
+    layers = tuple(layer for layer, kind in enumerate(kinds) if kind == SLIDING) if kinds else tuple(default)
+    if kinds and layers and window is None:
+        raise fields.error("layer_types", "names sliding layers, but no sliding window is in use")
+    if window is None or not layers:
+        return {}
+    return {"sliding_window": window, "sliding_layers": None if len(layers) == num_layers else layers}
 
 
 def write_layer_window(spec: ModelSpec) -> dict[str, Any]:
     """Qwen's fields, with the layers spelled out."""
+    sliding = (layer for layer in range(spec.num_layers) if spec.window(layer) is not None)
     return {
         "use_sliding_window": spec.sliding_window is not None,
         "sliding_window": spec.sliding_window,
-        "max_window_layers": spec.sliding_first_layer if spec.sliding_window is not None else spec.num_layers,
+        "max_window_layers": next(sliding, spec.num_layers),
         "layer_types": layer_types(spec),
     }
 
@@ -65,6 +67,13 @@ def _checked_layer_types(fields: Fields, num_layers: int) -> tuple[str, ...]:
     if unknown := set(kinds) - {FULL, SLIDING}:
         raise fields.error("layer_types", f"names {sorted(unknown)[0]!r}, which is not supported")
     return kinds
+
+
+def refuse_window(fields: Fields, num_layers: int) -> None:
+    """An architecture without windows: one in use, or sliding layers, are refused."""
+    require_layer_types(fields, num_layers, FULL)
+    if fields.flag("use_sliding_window", True) and "sliding_window" in fields:
+        raise fields.error("sliding_window", "is set, but this architecture has no window", hint="set it to null")
 
 
 def require_layer_types(fields: Fields, num_layers: int, expected: str) -> None:

@@ -1,8 +1,8 @@
 """ModelSpec: what a decoder language model is.
 
 One description covers the dense families (Llama, Mistral, Qwen2, Qwen3, Skywork) and their mixtures of experts
-(Mixtral, Qwen2-MoE, Qwen3-MoE, Skywork-MoE), with each layer's feed-forward chosen separately. `hf.py` translates it
-to and from a Hugging Face `config.json`; `flops.py` counts its parameters and operations.
+(Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE, Skywork-MoE), with each layer's feed-forward chosen separately. `hf.py`
+translates it to and from a Hugging Face `config.json`; `flops.py` counts its parameters and operations.
 """
 
 from __future__ import annotations
@@ -25,8 +25,16 @@ class Architecture(StrEnum):
     MIXTRAL = "mixtral"
     QWEN2_MOE = "qwen2_moe"
     QWEN3_MOE = "qwen3_moe"
+    OLMOE = "olmoe"
     SKYWORK_MOE = "skywork_moe"
     SKYMOE = "skymoe"
+
+
+class QkNorm(StrEnum):
+    """What one RMSNorm on queries, and one on keys, runs over."""
+
+    HEAD = "head"  # each head alone, one weight vector for all heads (Qwen3)
+    FULL = "full"  # the whole projection, all heads together (OLMoE)
 
 
 class RopeScaling(StrEnum):
@@ -106,6 +114,8 @@ class MoESpec:
         norm_topk: renormalize the k chosen probabilities to sum to 1 (Eq. 2).
         expert_bias: DeepSeek's loss-free balancing: a per-expert bias that takes part in the choice only.
         shared_ffn_size: inner width of a shared expert with a sigmoid gate (Qwen2-MoE); 0 means none.
+        aux_loss_coef, output_router_logits: hints for those who train the model with transformers, carried from file
+            to file: the weight of its balance loss, and whether it forms that loss. Nothing here reads them.
     """
 
     num_experts: int
@@ -115,6 +125,8 @@ class MoESpec:
     norm_topk: bool = True
     expert_bias: bool = False
     shared_ffn_size: int = 0
+    aux_loss_coef: float = 0.001
+    output_router_logits: bool = False
 
     def __post_init__(self) -> None:
         _positive("moe", num_experts=self.num_experts, top_k=self.top_k, ffn_size=self.ffn_size)
@@ -122,6 +134,8 @@ class MoESpec:
             self.top_k <= self.num_experts, f"top_k {self.top_k} is more than the {self.num_experts} experts there are"
         )
         _require(0 <= self.shared_ffn_size <= _LIMIT, f"moe.shared_ffn_size is {self.shared_ffn_size}")
+        coef = self.aux_loss_coef
+        _require(math.isfinite(coef) and coef >= 0, f"aux_loss_coef must not be negative, got {coef}")
         ddof = self.gate_norm.ddof if self.gate_norm else 0
         _require(self.num_experts > ddof, "gate_norm.ddof=1 needs at least 2 experts")
 
@@ -141,8 +155,9 @@ class ModelSpec:
         tie_embeddings: the head is the embedding matrix.
         qkv_bias, o_bias: biases of the attention projections.
         mlp_bias: biases of the dense feed-forward (Llama's `mlp_bias`).
-        qk_norm: RMSNorm per head on queries and keys (Qwen3).
-        sliding_window: attention window in tokens, or None; layers below `sliding_first_layer` see everything.
+        qk_norm: RMSNorm on queries and keys, per head or over the whole projection, or None.
+        sliding_window: attention window in tokens, or None.
+        sliding_layers: which layers have the window; None means all of them when it is given.
         moe: the mixture of experts, or None for a dense model.
         moe_layers: which layers are MoE; None means all of them when `moe` is given.
         bos_id, eos_ids, pad_id: special tokens, None or empty when the model names none.
@@ -164,9 +179,9 @@ class ModelSpec:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False
+    qk_norm: QkNorm | None = None
     sliding_window: int | None = None
-    sliding_first_layer: int = 0
+    sliding_layers: tuple[int, ...] | None = None
     moe: MoESpec | None = None
     moe_layers: tuple[int, ...] | None = None
     bos_id: int | None = None
@@ -184,16 +199,14 @@ class ModelSpec:
         _require(self.head_dim % 2 == 0, f"head_dim must be even for rotary embedding, got {self.head_dim}")
         _require(math.isfinite(self.norm_eps) and self.norm_eps > 0, f"norm_eps must be positive, got {self.norm_eps}")
         _require(math.isfinite(self.init_std) and self.init_std > 0, f"init_std must be positive, got {self.init_std}")
-        if self.sliding_window is not None:
+        _require(self.qk_norm in (None, *QkNorm), f"qk_norm must be head, full or null, got {self.qk_norm}")
+        if self.sliding_window is None:
+            _require(not self.sliding_layers, "sliding_layers are given but the model has no sliding_window")
+        else:
             _positive("model", sliding_window=self.sliding_window)
-        if self.moe is None:
-            _require(not self.moe_layers, "moe_layers are given but the model has no moe section")
-        elif self.moe_layers is not None:
-            layers = self.moe_layers
-            _require(
-                list(layers) == sorted(set(layers)) and all(0 <= layer < self.num_layers for layer in layers),
-                f"moe_layers must be ascending layer numbers below {self.num_layers}, got {list(layers)[:20]}",
-            )
+        _require(self.moe is not None or not self.moe_layers, "moe_layers are given but the model has no moe section")
+        self._check_layers("moe_layers", self.moe_layers)
+        self._check_layers("sliding_layers", self.sliding_layers)
         if self.num_dense_layers:
             _positive("model", ffn_size=self.ffn_size)
 
@@ -213,7 +226,14 @@ class ModelSpec:
 
     def window(self, layer: int) -> int | None:
         """Attention window of `layer` in tokens, None for full attention."""
-        return self.sliding_window if layer >= self.sliding_first_layer else None
+        return self.sliding_window if self.sliding_layers is None or layer in self.sliding_layers else None
+
+    def _check_layers(self, name: str, layers: tuple[int, ...] | None) -> None:
+        ascending = list(layers or ()) == sorted(set(layers or ()))
+        _require(
+            ascending and all(0 <= layer < self.num_layers for layer in layers or ()),
+            f"{name} must be ascending layer numbers below {self.num_layers}, got {list(layers or ())[:20]}",
+        )
 
 
 _LIMIT = 2**31 - 1  # of any count in a config: far above every real model, far below an overflow

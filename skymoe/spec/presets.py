@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 
 from skymoe.base.errors import ConfigError
-from skymoe.spec.model import Architecture, GateNormSpec, ModelSpec, MoESpec, RopeSpec
+from skymoe.spec.model import Architecture, GateNormSpec, ModelSpec, MoESpec, QkNorm, RopeSpec
 
 PRESETS: dict[str, ModelSpec] = {
     # Skywork-MoE report: 52 layers, every one of 16 experts top-2, gate normalization on. 146.36B total, 22.69B active.
@@ -115,7 +115,7 @@ PRESETS: dict[str, ModelSpec] = {
         head_dim=128,
         max_position=40960,
         rope=RopeSpec(theta=1e6),
-        qk_norm=True,
+        qk_norm=QkNorm.HEAD,
         bos_id=151643,
         eos_ids=(151645,),
     ),
@@ -130,10 +130,26 @@ PRESETS: dict[str, ModelSpec] = {
         head_dim=128,
         max_position=40960,
         rope=RopeSpec(theta=1e6),
-        qk_norm=True,
+        qk_norm=QkNorm.HEAD,
         moe=MoESpec(num_experts=128, top_k=8, ffn_size=768),
         bos_id=151643,
         eos_ids=(151645,),
+    ),
+    "olmoe-1b-7b": ModelSpec(
+        architecture=Architecture.OLMOE,
+        vocab_size=50304,
+        hidden_size=2048,
+        num_layers=16,
+        ffn_size=1024,
+        num_heads=16,
+        num_kv_heads=16,
+        head_dim=128,
+        max_position=4096,
+        norm_eps=1e-5,
+        qk_norm=QkNorm.FULL,
+        moe=MoESpec(num_experts=64, top_k=8, ffn_size=1024, norm_topk=False, aux_loss_coef=0.01),
+        eos_ids=(50279,),
+        pad_id=1,
     ),
     # The dense parent of `skymoe demo`: small enough that a few hundred steps teach it something on two cores.
     "demo-dense": ModelSpec(

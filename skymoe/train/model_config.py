@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from skymoe.base.config import Config
 from skymoe.base.errors import ConfigError
-from skymoe.spec.model import Architecture, GateNormSpec, ModelSpec, MoESpec, RopeScaling, RopeSpec
+from skymoe.spec.model import Architecture, GateNormSpec, ModelSpec, MoESpec, QkNorm, RopeScaling, RopeSpec
 
 
 class GateNormConfig(Config):
@@ -93,8 +93,9 @@ class SpecConfig(Config):
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False
+    qk_norm: QkNorm | None = None
     sliding_window: int | None = Field(default=None, ge=1)
+    sliding_layers: tuple[int, ...] | None = None
     init_std: float = Field(default=0.02, gt=0)
     bos_id: int | None = Field(default=None, ge=0)
     eos_ids: tuple[int, ...] = ()

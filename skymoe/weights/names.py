@@ -6,9 +6,10 @@ parameter, and which part of it. `tensor_table(spec)` is the whole table of a mo
 written: the reader walks it to prove that nothing is missing and nothing is left over, the writer walks it the other
 way.
 
-We write the names of the hub: Mixtral's `block_sparse_moe.experts.E.w1`, Qwen's `mlp.experts.E.gate_proj`; every tool
-reads those. transformers v5 holds experts fused in memory (`mlp.experts.gate_up_proj`), and some converters have
-written that to disk; such a directory is recognized and read (`Layout.FUSED`), never written.
+We write the names of the hub: Mixtral's `block_sparse_moe.experts.E.w1`, Qwen's and OLMoE's
+`mlp.experts.E.gate_proj`; every tool reads those. transformers v5 holds experts fused in memory
+(`mlp.experts.gate_up_proj`), and some converters have written that to disk; such a directory is recognized and read
+(`Layout.FUSED`), never written.
 
 In `model.layers.I`, Mixtral and Skywork-MoE differ from the others in the last four rows:
 
@@ -31,7 +32,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
-from skymoe.spec.model import Architecture, ModelSpec
+from skymoe.spec.model import Architecture, ModelSpec, QkNorm
 
 Index = tuple[int | slice, ...]
 
@@ -127,8 +128,11 @@ def _attention(spec: ModelSpec) -> _Rows:
         rows[f"self_attn.{name}_proj.weight"] = (f"attention.{name}.weight", (out, inner))
         if spec.o_bias if name == "o" else spec.qkv_bias:
             rows[f"self_attn.{name}_proj.bias"] = (f"attention.{name}.bias", (out,))
-    if spec.qk_norm:
-        rows |= {f"self_attn.{name}_norm.weight": (f"attention.{name}_norm.weight", (spec.head_dim,)) for name in "qk"}
+    if spec.qk_norm is not None:
+        full = spec.qk_norm is QkNorm.FULL
+        for name in "qk":
+            width = sizes[name][0] if full else spec.head_dim
+            rows[f"self_attn.{name}_norm.weight"] = (f"attention.{name}_norm.weight", (width,))
     return rows
 
 

@@ -9,7 +9,7 @@ from skymoe.base.errors import ConfigError, FormatError, SkymoeError
 from skymoe.generate.decode import iter_tokens, token_budget
 from skymoe.model.init import initialize
 from skymoe.model.transformer import Transformer
-from skymoe.spec.model import Architecture, GateNormSpec, ModelSpec, MoESpec
+from skymoe.spec.model import Architecture, GateNormSpec, ModelSpec, MoESpec, QkNorm
 
 DENSE = ModelSpec(
     architecture=Architecture.LLAMA, vocab_size=61, hidden_size=30, num_layers=3, ffn_size=44, num_heads=3,
@@ -18,7 +18,7 @@ DENSE = ModelSpec(
 MOE = MoESpec(num_experts=5, top_k=2, ffn_size=22, gate_norm=GateNormSpec(), shared_ffn_size=6)
 SPECS = {
     "dense": DENSE,
-    "tied, normed, biased": dataclasses.replace(DENSE, tie_embeddings=True, qk_norm=True, qkv_bias=True),
+    "tied, normed, biased": dataclasses.replace(DENSE, tie_embeddings=True, qk_norm=QkNorm.HEAD, qkv_bias=True),
     "sliding window": dataclasses.replace(DENSE, architecture=Architecture.MISTRAL, sliding_window=7),
     "moe": dataclasses.replace(DENSE, architecture=Architecture.SKYMOE, moe=MOE),
     "moe in some layers": dataclasses.replace(DENSE, architecture=Architecture.SKYMOE, moe=MOE, moe_layers=(0, 2)),

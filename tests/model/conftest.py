@@ -9,7 +9,7 @@ import torch
 from skymoe.model.init import initialize
 from skymoe.model.transformer import Transformer
 from skymoe.ops.experts import ExpertsBackend
-from skymoe.spec.model import Architecture, GateNormSpec, ModelSpec, MoESpec
+from skymoe.spec.model import Architecture, GateNormSpec, ModelSpec, MoESpec, QkNorm
 
 Make = Callable[..., Transformer]
 
@@ -74,7 +74,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "qkv_bias": True,
         "o_bias": True,
         "mlp_bias": True,
-        "qk_norm": True,
+        "qk_norm": QkNorm.HEAD,
     },
     "moe": {"moe": MOE},
     "moe, released gate": {
@@ -86,7 +86,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "moe": MoESpec(num_experts=3, top_k=2, ffn_size=8, shared_ffn_size=9, expert_bias=True),
         "moe_layers": (0, 2),
         "sliding_window": 3,
-        "sliding_first_layer": 1,
+        "sliding_layers": (1, 2),
     },
 }
 

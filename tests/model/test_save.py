@@ -15,7 +15,7 @@ from skymoe.model.load import load
 from skymoe.model.save import save_pretrained
 from skymoe.model.transformer import Transformer
 from skymoe.spec.hf import spec_from_directory
-from skymoe.spec.model import Architecture, GateNormSpec, ModelSpec, MoESpec, RopeScaling, RopeSpec
+from skymoe.spec.model import Architecture, GateNormSpec, ModelSpec, MoESpec, QkNorm, RopeScaling, RopeSpec
 
 TOKENS = torch.arange(2 * 23).view(2, 23) * 7 % 83
 PLAIN = ModelSpec(
@@ -42,10 +42,10 @@ VARIANTS = {
         qkv_bias=True,
         o_bias=True,
         mlp_bias=True,
-        qk_norm=True,
+        qk_norm=QkNorm.HEAD,
         tie_embeddings=True,
         sliding_window=5,
-        sliding_first_layer=1,
+        sliding_layers=(1, 2),
         rope=RopeSpec(theta=500.0, scaling=RopeScaling.LLAMA3, factor=4.0, original_max_position=16),
         moe=replace(MOE, expert_bias=True, norm_topk=False, shared_ffn_size=12),
         moe_layers=(0, 2),

@@ -14,7 +14,7 @@ from skymoe.ops.attention import attention_mask, reference_attention
 from skymoe.ops.experts import ExpertsBackend
 from skymoe.ops.loss import linear_cross_entropy, reference_cross_entropy
 from skymoe.ops.rotary import inverse_frequencies
-from skymoe.spec.model import MoESpec, RopeScaling, RopeSpec
+from skymoe.spec.model import MoESpec, QkNorm, RopeScaling, RopeSpec
 
 
 def random_tokens(batch: int, length: int, seed: int = 0) -> Tensor:
@@ -238,7 +238,7 @@ def test_one_routing_per_moe_layer(make) -> None:
 
 def test_names_and_shapes_are_the_contract(make) -> None:
     moe = MoESpec(num_experts=4, top_k=2, ffn_size=8, expert_bias=True, shared_ffn_size=6)
-    model = make(moe=moe, moe_layers=(1,), num_layers=2, qkv_bias=True, qk_norm=True)
+    model = make(moe=moe, moe_layers=(1,), num_layers=2, qkv_bias=True, qk_norm=QkNorm.HEAD)
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     attention = {
         "attention.q.weight": (24, 20),

@@ -29,6 +29,7 @@ from skymoe.spec.presets import PRESETS, preset
         ("qwen2.5-7b", 7_615_616_512),
         ("qwen3-8b", 8_190_735_360),
         ("qwen3-30b-a3b", 30_532_122_624),
+        ("olmoe-1b-7b", 6_919_161_856),
     ],
 )
 def test_presets_have_the_published_number_of_parameters(name, total):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from skymoe.base.errors import ConfigError, FormatError
 from skymoe.spec.hf import config_from_spec, generation_config, read_config, spec_from_config
 from skymoe.spec.hf_families import carried, uncarried
-from skymoe.spec.model import Architecture, GateNormSpec, ModelSpec, MoESpec, RopeScaling, RopeSpec
+from skymoe.spec.model import Architecture, GateNormSpec, ModelSpec, MoESpec, QkNorm, RopeScaling, RopeSpec
 from skymoe.spec.presets import PRESETS
 
 LLAMA = {
@@ -46,9 +46,9 @@ ODD = ModelSpec(
     qkv_bias=True,
     o_bias=True,
     mlp_bias=True,
-    qk_norm=True,
+    qk_norm=QkNorm.HEAD,
     sliding_window=9,
-    sliding_first_layer=2,
+    sliding_layers=(0, 2),
     moe=replace(MOE, expert_bias=True, norm_topk=False, shared_ffn_size=12),
     moe_layers=(1, 3),
     bos_id=0,
@@ -71,7 +71,7 @@ def test_skymoe_carries_everything():
     assert round_trip(ODD) == ODD
     assert round_trip(replace(ODD, moe=None, moe_layers=None)) == replace(ODD, moe=None, moe_layers=None)
     assert round_trip(replace(ODD, moe=replace(MOE, gate_norm=None))).moe.gate_norm is None
-    assert round_trip(replace(ODD, sliding_window=None, sliding_first_layer=0)).sliding_window is None
+    assert round_trip(replace(ODD, sliding_window=None, sliding_layers=None)).sliding_window is None
 
 
 @pytest.mark.parametrize(
@@ -113,13 +113,13 @@ def test_no_other_architecture_pretends_to_carry_the_odd_one(architecture):
     ("name", "changes", "reason"),
     [
         ("llama-3-8b", {"qkv_bias": True}, "all attention biases or none"),
-        ("llama-3-8b", {"qk_norm": True}, "no q/k norm"),
+        ("llama-3-8b", {"qk_norm": QkNorm.HEAD}, "no q/k norm"),
         ("llama-3-8b", {"sliding_window": 8}, "no sliding window"),
         ("llama-3-8b", {"moe": MOE}, "has no experts"),
         ("mistral-7b", {"o_bias": True}, "no output-projection bias"),
-        ("mistral-7b", {"sliding_first_layer": 3}, "in every layer or in none"),
+        ("mistral-7b", {"sliding_layers": (3, 4)}, "in every layer or in none"),
         ("qwen2.5-7b", {"qkv_bias": False}, "always has q/k/v biases"),
-        ("qwen3-8b", {"qk_norm": False}, "always has q/k norm"),
+        ("qwen3-8b", {"qk_norm": None}, "always has q/k norm"),
         ("mixtral-8x7b", {"moe_layers": (1,)}, "experts in every layer"),
         ("mixtral-8x7b", {"moe": replace(MOE, gate_norm=None, norm_topk=False)}, "always renormalizes"),
         ("mixtral-8x7b", {"moe": MOE}, "no gate normalization"),
@@ -166,9 +166,11 @@ def test_windows_and_layer_types():
     assert spec_from_config(windowed | {"use_sliding_window": False}).sliding_window is None
     assert spec_from_config(windowed | {"max_window_layers": 3}).sliding_window is None
     full, slide = "full_attention", "sliding_attention"
-    assert spec_from_config(windowed | {"layer_types": [full, full, slide]}).sliding_first_layer == 2
+    assert spec_from_config(windowed | {"layer_types": [full, full, slide]}).sliding_layers == (2,)
     assert spec_from_config(windowed | {"layer_types": [full] * 3}).sliding_window is None
-    for kinds in ([slide, full, slide], [full, slide], [full, full, "chunked_attention"], "full", [1, 2, 3]):
+    assert spec_from_config(windowed | {"layer_types": [slide, full, slide]}).sliding_layers == (0, 2)
+    assert spec_from_config(windowed | {"layer_types": [slide] * 3}).sliding_layers is None
+    for kinds in ([full, slide], [full, full, "chunked_attention"], "full", [1, 2, 3]):
         with pytest.raises(FormatError, match="layer_types"):
             spec_from_config(windowed | {"layer_types": kinds})
     with pytest.raises(FormatError, match="layer_types"):
@@ -262,7 +264,6 @@ def test_what_we_do_not_compute_is_refused_by_name(changes, told):
         (MIXTRAL | {"num_experts_per_tok": 9}, "top_k 9 is more than the 8 experts"),
         (QWEN2 | {"model_type": "qwen2_moe", "num_experts_per_tok": 2}, "num_local_experts is missing"),
         ({k: v for k, v in QWEN2.items() if k != "num_key_value_heads"}, "num_key_value_heads is missing"),
-        (QWEN2 | {"model_type": "qwen2_moe", "num_experts": 4, "use_sliding_window": True}, "layer_types is missing"),
     ],
 )
 def test_bad_experts(config, told):

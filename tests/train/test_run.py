@@ -199,7 +199,7 @@ def test_a_trained_model_can_be_the_parent(tmp_path, straight):
                 "ffn_size": 24,
             }
         },
-        {"spec": {**DENSE, "tie_embeddings": True, "qk_norm": True, "qkv_bias": True}},
+        {"spec": {**DENSE, "tie_embeddings": True, "qk_norm": "head", "qkv_bias": True}},
     ],
     ids=["autocast", "bf16", "recompute-isolated", "real-capacity", "bias-shared-mixed", "dense-tied"],
 )

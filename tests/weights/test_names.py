@@ -9,7 +9,7 @@ import torch
 
 from skymoe.model.transformer import Transformer
 from skymoe.spec.flops import count_parameters
-from skymoe.spec.model import Architecture, GateNormSpec, ModelSpec, MoESpec
+from skymoe.spec.model import Architecture, GateNormSpec, ModelSpec, MoESpec, QkNorm
 from skymoe.weights.header import TensorInfo
 from skymoe.weights.match import match_tensors
 from skymoe.weights.names import Layout, detect_layout, file_names, parameter_shapes, tensor_table
@@ -32,20 +32,22 @@ SPECS = {
     "mistral": replace(BASE, architecture=Architecture.MISTRAL),
     "skywork": replace(BASE, architecture=Architecture.SKYWORK),
     "qwen2": replace(BASE, architecture=Architecture.QWEN2, qkv_bias=True),
-    "qwen3": replace(BASE, architecture=Architecture.QWEN3, qk_norm=True),
+    "qwen3": replace(BASE, architecture=Architecture.QWEN3, qk_norm=QkNorm.HEAD),
     "mixtral": replace(BASE, architecture=Architecture.MIXTRAL, moe=MOE),
     "skywork_moe": replace(BASE, architecture=Architecture.SKYWORK_MOE, moe=replace(MOE, gate_norm=GateNormSpec())),
     "qwen2_moe": replace(
         BASE, architecture=Architecture.QWEN2_MOE, qkv_bias=True, moe=replace(MOE, shared_ffn_size=4), moe_layers=(0, 2)
     ),
-    "qwen3_moe": replace(BASE, architecture=Architecture.QWEN3_MOE, qk_norm=True, moe=MOE, moe_layers=(1,)),
+    "qwen3_moe": replace(BASE, architecture=Architecture.QWEN3_MOE, qk_norm=QkNorm.HEAD, moe=MOE, moe_layers=(1,)),
+    "olmoe": replace(BASE, architecture=Architecture.OLMOE, head_dim=4, qk_norm=QkNorm.FULL, moe=MOE),
+    "skymoe, full norm": replace(BASE, architecture=Architecture.SKYMOE, qk_norm=QkNorm.FULL),
     "skymoe": replace(
         BASE,
         architecture=Architecture.SKYMOE,
         qkv_bias=True,
         o_bias=True,
         mlp_bias=True,
-        qk_norm=True,
+        qk_norm=QkNorm.HEAD,
         moe=replace(MOE, gate_norm=GateNormSpec(), expert_bias=True, shared_ffn_size=4),
         moe_layers=(1, 2),
     ),
