@@ -72,6 +72,11 @@ class ModelFiles:
         self.close()
 
 
+def weight_paths(directory: Path) -> dict[str, Path]:
+    """Names of the weight files of a model directory, and where they are, links followed. Raises FormatError."""
+    return dict(_find(directory).paths)
+
+
 class _WeightMap:
     """File names to paths, and with an index, tensor names to file names."""
 
