@@ -30,6 +30,7 @@ class Fields:
     def __init__(self, mapping: Mapping[str, object], where: object, prefix: str = "") -> None:
         self._mapping, self._where, self._prefix = mapping, where, prefix
         self._asked: set[str] = set()
+        self._sections: dict[str, Fields] = {}
 
     def __contains__(self, name: str) -> bool:
         """Whether the field is present and not null."""
@@ -111,11 +112,14 @@ class Fields:
             return None
         if not isinstance(value, dict):
             raise self.error(name, f"must be an object, got {_show(value)}")
-        return Fields(value, self._where, f"{self._prefix}{name}.")
+        return self._sections.setdefault(name, Fields(value, self._where, f"{self._prefix}{name}."))
 
-    def unread(self) -> list[str]:
-        """Names of fields nobody asked for."""
-        return sorted(name for name in self._mapping if name not in self._asked)
+    def unread(self) -> dict[str, object]:
+        """The fields nobody asked for, those of sections by their dotted names."""
+        own = {name: value for name, value in self._mapping.items() if name not in self._asked}
+        for prefix, section in self._sections.items():
+            own |= {f"{prefix}.{name}": value for name, value in section.unread().items()}
+        return dict(sorted(own.items()))
 
     def _value(self, name: str, default: object) -> object:
         value = self.raw(name)

@@ -2,8 +2,8 @@
 
 Reading is strict: each field is type-checked (`fields.py`), an unknown architecture and a feature we do not compute
 are refused by name, and a field that is absent takes the default of the transformers class it belongs to, which is
-what every other tool does. Fields that change nothing we compute (dropout of zero, cache flags, aux-loss
-coefficients) are logged at debug level and left behind.
+what every other tool does. Fields that change nothing (cache flags, version stamps) are left behind; `unread_fields`
+lists them for the record.
 
 Writing checks first what the target format can carry (`uncarried`): a Mixtral file has no place for biases or for
 gate normalization, so asking for that is an error, not a model that quietly lost something. Our own `model_type:
@@ -14,11 +14,12 @@ gate normalization, so asking for that is an error, not a model that quietly los
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from skymoe.base.errors import ConfigError, FormatError
+from skymoe.base.errors import ConfigError, FormatError, printable
 from skymoe.base.log import logger
 from skymoe.base.strict_json import read_json_object
 from skymoe.spec.fields import Fields
@@ -32,6 +33,8 @@ CONFIG_NAME = "config.json"
 MAX_CONFIG_BYTES = 4 * 2**20
 MAX_LAYERS = 10_000
 
+_UNRECORDED = ("auto_map", "dtype", "torch_dtype")
+_MAX_RECORDED, _MAX_RECORDED_SIZE = 100, 500
 _CLASS_SUFFIX = "ForCausalLM"
 _REFUSED_NUMBERS = ("clip_qkv",)  # null in every OLMoE that was released
 _REFUSED_FLAGS = ("moe_2layer_gate", "add_cross_attention", "is_encoder_decoder")
@@ -65,15 +68,28 @@ def spec_from_config(config: Mapping[str, Any], *, where: object = CONFIG_NAME) 
         FormatError: naming the field and the file.
     """
     fields = Fields(config, where)
-    architecture = _architecture(fields)
-    _refuse_unsupported(fields)
-    try:
-        spec = ModelSpec(architecture=architecture, **_body(fields, architecture), **read_ffn(fields, architecture))
-    except ConfigError as error:  # ModelSpec's own validation does not know the file
-        raise FormatError(error.what, where=where) from error
+    spec = _read(fields, where)
     if unread := fields.unread():
         logger.debug("%s: fields without effect here: %s", where, ", ".join(unread)[:1000])
     return spec
+
+
+def unread_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a config that say nothing a ModelSpec holds, so that a conversion can record what it left behind.
+
+    Nulls are left out, and so are `auto_map` (code) and the number formats (those of the files count). Parts of
+    `rope_scaling` have dotted names.
+
+    Returns:
+        At most 100 fields; a value longer than 500 characters of JSON is replaced by a remark.
+
+    Raises:
+        FormatError: the config is one that `spec_from_config` refuses.
+    """
+    fields = Fields(config, CONFIG_NAME)
+    _read(fields, CONFIG_NAME)
+    left = [(name, value) for name, value in fields.unread().items() if value is not None and name not in _UNRECORDED]
+    return {printable(name, 100): _short(value) for name, value in left[:_MAX_RECORDED]}
 
 
 def config_from_spec(spec: ModelSpec, *, dtype: str = "float32") -> dict[str, Any]:
@@ -122,6 +138,20 @@ def generation_config(spec: ModelSpec) -> dict[str, Any]:
     config = config_from_spec(spec)
     tokens = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return {name: value for name, value in tokens.items() if value is not None}
+
+
+def _read(fields: Fields, where: object) -> ModelSpec:
+    architecture = _architecture(fields)
+    _refuse_unsupported(fields)
+    try:
+        return ModelSpec(architecture=architecture, **_body(fields, architecture), **read_ffn(fields, architecture))
+    except ConfigError as error:  # ModelSpec's own validation does not know the file
+        raise FormatError(error.what, where=where) from error
+
+
+def _short(value: object) -> object:
+    size = len(json.dumps(value))
+    return value if size <= _MAX_RECORDED_SIZE else f"({size} characters)"
 
 
 def _architecture(fields: Fields) -> Architecture:

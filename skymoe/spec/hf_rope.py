@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from skymoe.base.errors import FormatError
 from skymoe.spec.fields import Fields
 from skymoe.spec.model import RopeScaling, RopeSpec
 
@@ -138,9 +137,6 @@ def _refuse_partial(fields: Fields) -> None:
 
 
 def _refuse_nested(section: Fields) -> None:
-    nested: FormatError | None = None
-    for name in section.unread():
-        if isinstance(section.raw(name), dict):
-            nested = section.error(name, "is an object: a rotary embedding per layer type is not supported")
-    if nested:
-        raise nested
+    for name, value in section.unread().items():
+        if isinstance(value, dict):
+            raise section.error(name, "is an object: a rotary embedding per layer type is not supported")

@@ -199,7 +199,7 @@ class ModelSpec:
         _require(self.head_dim % 2 == 0, f"head_dim must be even for rotary embedding, got {self.head_dim}")
         _require(math.isfinite(self.norm_eps) and self.norm_eps > 0, f"norm_eps must be positive, got {self.norm_eps}")
         _require(math.isfinite(self.init_std) and self.init_std > 0, f"init_std must be positive, got {self.init_std}")
-        _require(self.qk_norm in (None, *QkNorm), f"qk_norm must be head, full or null, got {self.qk_norm}")
+        _require(self.qk_norm is None or isinstance(self.qk_norm, QkNorm), f"qk_norm is {self.qk_norm!r}")
         if self.sliding_window is None:
             _require(not self.sliding_layers, "sliding_layers are given but the model has no sliding_window")
         else:

@@ -12,11 +12,11 @@ from skymoe.cli import main
 from skymoe.model.init import initialize
 from skymoe.model.save import save_pretrained
 from skymoe.model.transformer import Transformer
-from skymoe.spec.model import Architecture, ModelSpec
+from skymoe.spec.model import Architecture, ModelSpec, QkNorm
 
 SPEC = ModelSpec(
     architecture=Architecture.QWEN3, vocab_size=31, hidden_size=12, num_layers=2, ffn_size=20, num_heads=3,
-    num_kv_heads=1, head_dim=6, max_position=32, qk_norm=True,
+    num_kv_heads=1, head_dim=6, max_position=32, qk_norm=QkNorm.HEAD,
 )  # fmt: skip
 
 

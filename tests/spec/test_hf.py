@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from skymoe.base.errors import ConfigError, FormatError
-from skymoe.spec.hf import config_from_spec, generation_config, read_config, spec_from_config
+from skymoe.spec.hf import config_from_spec, generation_config, read_config, spec_from_config, unread_fields
 from skymoe.spec.hf_families import carried, uncarried
 from skymoe.spec.model import Architecture, GateNormSpec, ModelSpec, MoESpec, QkNorm, RopeScaling, RopeSpec
 from skymoe.spec.presets import PRESETS
@@ -120,6 +120,14 @@ def test_no_other_architecture_pretends_to_carry_the_odd_one(architecture):
         ("mistral-7b", {"sliding_layers": (3, 4)}, "in every layer or in none"),
         ("qwen2.5-7b", {"qkv_bias": False}, "always has q/k/v biases"),
         ("qwen3-8b", {"qk_norm": None}, "always has q/k norm"),
+        ("qwen3-8b", {"qk_norm": QkNorm.FULL}, "q/k norm of form head"),
+        ("olmoe-1b-7b", {"qk_norm": QkNorm.HEAD}, "q/k norm of form full"),
+        ("olmoe-1b-7b", {"head_dim": 64}, "heads of hidden_size / num_attention_heads"),
+        ("olmoe-1b-7b", {"sliding_window": 8}, "no sliding window"),
+        ("olmoe-1b-7b", {"qkv_bias": True}, "all attention biases or none"),
+        ("olmoe-1b-7b", {"moe": replace(MOE, gate_norm=None), "moe_layers": (1,)}, "experts in every layer"),
+        ("llama-3-8b", {"hidden_size": 4097}, "heads of hidden_size"),
+        ("skywork-13b", {"head_dim": 64}, "heads of hidden_size"),
         ("mixtral-8x7b", {"moe_layers": (1,)}, "experts in every layer"),
         ("mixtral-8x7b", {"moe": replace(MOE, gate_norm=None, norm_topk=False)}, "always renormalizes"),
         ("mixtral-8x7b", {"moe": MOE}, "no gate normalization"),
@@ -281,6 +289,50 @@ def test_sparse_steps_and_dense_layers():
 
 def test_unknown_fields_are_harmless():
     assert spec_from_config(LLAMA | {"use_cache": False, "nonsense": {"deep": [1]}}) == spec_from_config(LLAMA)
+
+
+def test_fields_that_nobody_reads_are_listed():
+    rope = {"type": "linear", "factor": 2.0, "finetuned": True}
+    extra = {"use_cache": False, "auto_map": {"AutoModel": "evil.Model"}, "torch_dtype": "bfloat16", "nothing": None}
+    config = LLAMA | extra | {"rope_scaling": rope, "pretraining_tp": 2, "nonsense": {"deep": [1]}, "long": "x" * 9000}
+    listed = unread_fields(config)
+    assert listed == {
+        "long": "(9002 characters)",
+        "nonsense": {"deep": [1]},
+        "pretraining_tp": 2,
+        "rope_scaling.finetuned": True,
+        "use_cache": False,
+    }
+    hostile = unread_fields(LLAMA | {f"\x1b[31m{'n' * 500}{i}": i for i in range(5000)})
+    assert len(json.dumps(hostile)) < 20_000
+    assert "\x1b" not in "".join(hostile)
+    assert unread_fields(config_from_spec(ODD)) == {"use_cache": True}
+
+
+def test_clipping_and_windows_that_a_class_lacks_are_refused():
+    for bad in ({"clip_qkv": 8.0}, {"sliding_window": 7}, {"layer_types": ["sliding_attention"] * 3}):
+        for base in (LLAMA, LLAMA | {"model_type": "olmoe"}, SKYWORK):
+            with pytest.raises(FormatError, match=next(iter(bad))):
+                spec_from_config(base | bad)
+    unused = {"sliding_window": 7, "use_sliding_window": False, "clip_qkv": None}
+    assert spec_from_config(LLAMA | unused) == spec_from_config(LLAMA)
+
+
+def test_two_contexts_before_stretching_are_refused():
+    inner = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    name = "original_max_position_embeddings"
+    outer = LLAMA | {"rope_scaling": inner, name: 16}
+    assert spec_from_config(outer).rope.original_max_position == 16
+    with pytest.raises(FormatError, match=f"rope_scaling.{name} is 32, but the model's is 16"):
+        spec_from_config(outer | {"rope_scaling": inner | {name: 32}})
+
+
+def test_olmoe_takes_the_defaults_of_its_class():
+    spec = spec_from_config(LLAMA | {"model_type": "olmoe", "architectures": ["OlmoeForCausalLM"]})
+    assert spec.moe == MoESpec(num_experts=64, top_k=8, ffn_size=200, norm_topk=False, aux_loss_coef=0.01)
+    assert (spec.qk_norm, spec.norm_eps, spec.max_position) == (QkNorm.FULL, 1e-5, 4096)
+    assert (spec.bos_id, spec.eos_ids, spec.pad_id) == (None, (50279,), 1)
+    assert spec_from_config(LLAMA | {"model_type": "olmoe", "num_local_experts": 9}).moe.num_experts == 9
 
 
 # ---- the file
