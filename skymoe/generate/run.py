@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 import torch
 
-from skymoe.base.errors import ConfigError, MachineError
 from skymoe.data.tokenizer import TextTokenizer, load_tokenizer
 from skymoe.generate.config import GenerateConfig
 from skymoe.generate.decode import iter_tokens, token_budget
 from skymoe.generate.stream import TextStream
 from skymoe.model.load import load
 from skymoe.model.transformer import Transformer
+from skymoe.ops.device import usable_device
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def run(config: GenerateConfig, *, write: Callable[[str], None] | None = None) -
         ConfigError: the prompt does not fit the model's context.
         MissingExtraError: the package `tokenizers` is not installed.
     """
-    device = _device(config.device)
+    device = usable_device(config.device)
     tokenizer = load_tokenizer(config.model)
     model = load(config.model, None if config.dtype is None else str(config.dtype), device)
     return generate_text(
@@ -122,13 +122,3 @@ def _emit(piece: str, pieces: list[str], write: Callable[[str], None] | None) ->
         pieces.append(piece)
         if write is not None:
             write(piece)
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"{name!r} is not a torch device", hint="use cpu or cuda:0") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise MachineError("this machine has no CUDA device", hint="use device=cpu")
-    return device

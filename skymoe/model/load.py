@@ -15,6 +15,7 @@ from torch import Tensor
 from skymoe.base.dtype import DType
 from skymoe.base.errors import ConfigError, FormatError
 from skymoe.model.transformer import Transformer
+from skymoe.ops.device import usable_device
 from skymoe.ops.experts import ExpertsBackend
 from skymoe.spec.hf import spec_from_directory
 from skymoe.spec.model import ModelSpec
@@ -41,8 +42,9 @@ def load(
 
     Raises:
         FormatError: no such model, or anything in it that is missing, broken, hostile or not supported.
+        ConfigError, MachineError: no such dtype, no such device.
     """
-    directory = Path(path)
+    directory, device = Path(path), usable_device(device)
     spec = spec_from_directory(directory)
     with WeightsReader(directory) as reader:
         match = match_tensors(spec, reader.names(), where=directory)

@@ -18,6 +18,7 @@ except ImportError:  # Windows
 from skymoe.base.errors import ConfigError, MachineError
 from skymoe.base.files import machine_errors
 from skymoe.base.memory import keep_freed_memory
+from skymoe.ops.device import usable_device
 from skymoe.train.config import TrainConfig
 
 
@@ -75,12 +76,7 @@ def run_directory(directory: Path) -> Iterator[None]:
 
 
 def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"unknown device {name!r}", where="run.device", hint="cpu or cuda") from error
+    device = usable_device(name, where="run.device")
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"training runs on cpu and cuda, not on {device.type}", where="run.device")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise MachineError("there is no usable CUDA device here", where="run.device", hint="run.device=cpu")
     return device
