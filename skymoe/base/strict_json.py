@@ -8,11 +8,13 @@ library does. Whatever is wrong becomes a FormatError that names the file.
 from __future__ import annotations
 
 import json
-import stat
 from pathlib import Path
 from typing import Any, NoReturn
 
 from skymoe.base.errors import FormatError, printable
+from skymoe.base.inside import read_bounded
+
+_MAX_DEPTH = 32
 
 
 def read_json(path: Path, *, max_bytes: int) -> Any:
@@ -21,7 +23,7 @@ def read_json(path: Path, *, max_bytes: int) -> Any:
     Raises:
         FormatError: no regular file, larger than `max_bytes`, not UTF-8, not JSON, NaN or infinity, a duplicate key.
     """
-    return parse_json(_read_bounded(path, max_bytes), where=path)
+    return parse_json(read_bounded(path, max_bytes=max_bytes), where=path)
 
 
 def read_json_object(path: Path, *, max_bytes: int) -> dict[str, Any]:
@@ -39,28 +41,27 @@ def read_json_object(path: Path, *, max_bytes: int) -> dict[str, Any]:
 def parse_json(data: bytes, *, where: object) -> Any:
     """`data` parsed strictly; `where` is named in errors. Raises FormatError."""
     try:
-        return json.loads(data.decode("utf-8"), parse_constant=_refuse_constant, object_pairs_hook=_unique)
+        value = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant, object_pairs_hook=_unique)
     except RecursionError as error:
         raise FormatError("this JSON is nested too deeply", where=where) from error
     except UnicodeDecodeError as error:
         raise FormatError(f"this is not UTF-8 (byte {error.start})", where=where) from error
     except ValueError as error:
         raise FormatError(f"this is not valid JSON: {printable(error)}", where=where) from error
+    _check_depth(value, where)
+    return value
 
 
-def _read_bounded(path: Path, max_bytes: int) -> bytes:
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):  # a FIFO or a device would never end
-            raise FormatError("this is not a regular file", where=path)
-        with path.open("rb") as file:
-            data = file.read(max_bytes + 1)
-    except FileNotFoundError as error:
-        raise FormatError("there is no such file", where=path) from error
-    except OSError as error:
-        raise FormatError(f"cannot be read: {error.strerror}", where=path) from error
-    if len(data) > max_bytes:
-        raise FormatError(f"the file is larger than {max_bytes} bytes", where=path, why="no honest file of its kind is")
-    return data
+def _check_depth(value: Any, where: object) -> None:
+    """Whoever walks the value, or writes it again, may recurse: how deep the parser went depends on its version."""
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        parts = [item for item in level if type(item) in (dict, list)]
+        if not parts:
+            return
+        level = [child for item in parts for child in (item.values() if type(item) is dict else item)]
+    if any(type(item) in (dict, list) for item in level):
+        raise FormatError(f"this JSON is nested more than {_MAX_DEPTH} levels deep", where=where)
 
 
 def _refuse_constant(name: str) -> NoReturn:

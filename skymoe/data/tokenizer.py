@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from skymoe.base.errors import ConfigError, FormatError, MissingExtraError, printable
+from skymoe.base.inside import read_inside
 from skymoe.base.strict_json import read_json_object
 
 END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
@@ -79,9 +79,10 @@ class TextTokenizer:
         """Write a directory that `transformers.AutoTokenizer.from_pretrained` loads, as the source had it."""
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "tokenizer.json").write_bytes(self.json)
-        for found in [self.source / name for name in _TOKENIZER_FILES] if self.source else []:
-            if found.is_file():
-                shutil.copyfile(found, directory / found.name)
+        for name in _TOKENIZER_FILES if self.source else ():
+            content = read_inside(self.source, name, max_bytes=_MAX_TOKENIZER_BYTES)
+            if content is not None:
+                (directory / name).write_bytes(content)
         config = directory / "tokenizer_config.json"
         if not config.exists():
             config.write_text(json.dumps(self._transformers_config(), indent=2) + "\n", encoding="utf-8")

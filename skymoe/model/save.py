@@ -17,8 +17,8 @@ import torch
 
 from skymoe import __version__
 from skymoe.base.dtype import DType
-from skymoe.base.errors import FormatError
 from skymoe.base.files import staging_directory, write_atomic
+from skymoe.base.inside import read_inside
 from skymoe.base.log import logger
 from skymoe.model.load import float_dtype
 from skymoe.model.transformer import Transformer
@@ -126,14 +126,7 @@ def _stored_dtype(name: str, dtype: DType) -> DType:
 
 
 def _copy(source: Path, directory: Path, name: str) -> bool:
-    path = source / name
-    if not path.is_file():
-        return False
-    target, home = path.resolve(), source.resolve()
-    in_cache = home.parent.name == "snapshots" and target.parent == home.parent.parent / "blobs"
-    if target.parent != home and not in_cache:
-        raise FormatError("a link that leads out of the model directory", where=path)
-    if target.stat().st_size > _MAX_COPIED_BYTES:
-        raise FormatError(f"larger than {_MAX_COPIED_BYTES} bytes: this is no tokenizer file", where=path)
-    write_atomic(directory / name, target.read_bytes())
-    return True
+    content = read_inside(source, name, max_bytes=_MAX_COPIED_BYTES)
+    if content is not None:
+        write_atomic(directory / name, content)
+    return content is not None

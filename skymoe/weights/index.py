@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Self
 
 from skymoe.base.errors import FormatError, printable
+from skymoe.base.inside import inside
 from skymoe.base.strict_json import read_json_object
 from skymoe.weights.header import MAX_HEADER_BYTES, TensorFile, TensorInfo, is_safe_name
 
@@ -95,9 +96,9 @@ def _find(directory: Path) -> _WeightMap:
         raise FormatError("two sets of weights", where=directory, why=why, hint="remove the stale one")
     if os.path.lexists(index):
         shard_of = _read_index(index)
-        return _WeightMap({name: _inside(directory, name) for name in sorted(set(shard_of.values()))}, shard_of)
+        return _WeightMap({name: inside(directory, name) for name in sorted(set(shard_of.values()))}, shard_of)
     if os.path.lexists(single):
-        return _WeightMap({SINGLE_NAME: _inside(directory, SINGLE_NAME)}, None)
+        return _WeightMap({SINGLE_NAME: inside(directory, SINGLE_NAME)}, None)
     raise _no_weights(directory)
 
 
@@ -119,7 +120,7 @@ def _no_weights(directory: Path) -> FormatError:
 
 def _read_index(path: Path) -> dict[str, str]:
     """The weight map: tensor name to shard name, every one of them checked."""
-    weight_map = read_json_object(_inside(path.parent, path.name), max_bytes=MAX_HEADER_BYTES).get("weight_map")
+    weight_map = read_json_object(inside(path.parent, path.name), max_bytes=MAX_HEADER_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError("weight_map must be an object that maps tensors to files", where=path)
     for name, shard in weight_map.items():
@@ -129,19 +130,6 @@ def _read_index(path: Path) -> dict[str, str]:
             why = "a shard is a plain .safetensors file name in the same directory"
             raise FormatError(f"tensor {name} points to {printable(repr(shard), 80)}", where=path, why=why)
     return weight_map
-
-
-def _inside(directory: Path, name: str) -> Path:
-    """The path of file `name`, whose links, if any, stay within the directory or the Hugging Face cache around it."""
-    path, home = directory / name, directory.resolve()
-    try:
-        target = path.resolve(strict=True)
-    except (OSError, RuntimeError) as error:  # missing, or links in a circle
-        raise FormatError("the file is missing", where=path, hint="download the model again, completely") from error
-    in_cache = home.parent.name == "snapshots" and target.parent == home.parent.parent / "blobs"
-    if target.parent != home and not in_cache:
-        raise FormatError("a link that leads out of the model directory", where=path, why=f"it points to {target}")
-    return target
 
 
 def _check_agreement(shard_of: Mapping[str, str], files: Mapping[str, TensorFile], directory: Path) -> None:
