@@ -18,6 +18,7 @@ from skymoe.spec.presets import PRESETS
 from skymoe.weights.index import ModelFiles
 from skymoe.weights.match import match_tensors
 from skymoe.weights.names import Place
+from skymoe.weights.scales import list_tensors
 
 
 def run(config: InspectConfig) -> InspectReport:
@@ -37,7 +38,7 @@ def run(config: InspectConfig) -> InspectReport:
         )
     spec = spec_from_directory(directory)
     with ModelFiles(directory) as files:
-        match = match_tensors(spec, files.tensors, where=directory)
+        match = match_tensors(spec, list_tensors(directory, files.tensors).tensors, where=directory)
         report = _describe(config, spec, files)
     if not (config.weights and spec.moe_layer_ids):
         return report
@@ -65,9 +66,9 @@ def _with_weights(
 ) -> InspectReport:
     # Here, not above: torch takes seconds to import, and only the weights of a mixture of experts need it.
     from skymoe.inspect.experts import read_figures
-    from skymoe.weights.reader import WeightsReader
+    from skymoe.weights.decoded import DecodedReader
 
-    with WeightsReader(config.model) as reader:
+    with DecodedReader(config.model) as reader:
         routers, experts = read_figures(reader, spec, table, chunk_bytes=config.chunk_bytes)
     similarity = fmean(layer.all.mean for layer in experts)
     return replace(report, routers=routers, experts=experts, expert_similarity=similarity)

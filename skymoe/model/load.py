@@ -20,6 +20,7 @@ from skymoe.ops.experts import ExpertsBackend
 from skymoe.spec.hf import spec_from_directory
 from skymoe.spec.model import ModelSpec
 from skymoe.weights.buffers import torch_dtype
+from skymoe.weights.decoded import DecodedReader
 from skymoe.weights.match import EMBEDDING_NAME, FLOATS, HEAD_NAME, Match, match_tensors
 from skymoe.weights.names import parameter_shapes
 from skymoe.weights.reader import WeightsReader
@@ -36,7 +37,8 @@ def load(
 
     Args:
         path: a Hugging Face model directory: config.json and safetensors.
-        dtype: of all parameters; None keeps that of the files (where they mix, that of most bytes).
+        dtype: of all parameters; None keeps that of the files (where they mix, that of most bytes; FP8 is decoded to
+            bfloat16).
         device: where the parameters live.
         experts: how the experts are multiplied.
 
@@ -46,11 +48,12 @@ def load(
     """
     directory, device = Path(path), usable_device(device)
     spec = spec_from_directory(directory)
-    with WeightsReader(directory) as reader:
+    asked = None if dtype is None else float_dtype(dtype)
+    decode_to = DType.BFLOAT16 if asked in (None, torch.bfloat16) else DType.FLOAT32
+    with DecodedReader(directory, decode_to=decode_to) as reader:
         match = match_tensors(spec, reader.names(), where=directory)
         check_spare_head(reader, match)
-        chosen = torch_dtype(match.dtype) if dtype is None else float_dtype(dtype)
-        state = read_parameters(reader, spec, match, dtype=chosen, device=device)
+        state = read_parameters(reader, spec, match, dtype=asked or torch_dtype(match.dtype), device=device)
     return assemble(spec, state, experts=experts)
 
 

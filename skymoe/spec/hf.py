@@ -28,6 +28,7 @@ from skymoe.spec.hf_families import FAMILIES, Family, uncarried
 from skymoe.spec.hf_ffn import read_ffn, write_ffn
 from skymoe.spec.hf_rope import read_rope, write_rope
 from skymoe.spec.model import Architecture, ModelSpec
+from skymoe.spec.quantization import read_quantization
 
 CONFIG_NAME = "config.json"
 MAX_CONFIG_BYTES = 4 * 2**20
@@ -189,8 +190,7 @@ def _refuse_unsupported(fields: Fields) -> None:
     for name in _REFUSED_FLAGS:
         if fields.flag(name, False):
             raise fields.error(name, "is not supported")
-    if "quantization_config" in fields:
-        raise fields.error("quantization_config", "is set: quantized weights cannot be read", hint="use the original")
+    read_quantization(fields)  # a matter of the files (weights.scales); refused here where it is not read
 
 
 def _body(fields: Fields, architecture: Architecture) -> dict[str, Any]:

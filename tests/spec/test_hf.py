@@ -243,7 +243,7 @@ def test_bad_numbers_are_refused(name, value):
         ({"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "default"}}, "different"),
         ({"attention_dropout": 0.1}, "attention_dropout must be 0"),
         ({"router_jitter_noise": 0.01}, "router_jitter_noise must be 0"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantized weights"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false"),
         ({"attention_bias": 1}, "attention_bias must be true or false"),
         ({"num_attention_heads": 5}, "head_dim is missing"),
