@@ -8,6 +8,7 @@ library does. Whatever is wrong becomes a FormatError that names the file.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -41,7 +42,9 @@ def read_json_object(path: Path, *, max_bytes: int) -> dict[str, Any]:
 def parse_json(data: bytes, *, where: object) -> Any:
     """`data` parsed strictly; `where` is named in errors. Raises FormatError."""
     try:
-        value = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant, object_pairs_hook=_unique)
+        value = json.loads(
+            data.decode("utf-8"), parse_float=_finite, parse_constant=_refuse_constant, object_pairs_hook=_unique
+        )
     except RecursionError as error:
         raise FormatError("this JSON is nested too deeply", where=where) from error
     except UnicodeDecodeError as error:
@@ -66,6 +69,13 @@ def _check_depth(value: Any, where: object) -> None:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):  # 1e400: no number of ours, and it could not be written again
+        raise ValueError(f"the number {printable(text, 40)} is too large")
+    return number
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

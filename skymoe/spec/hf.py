@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from skymoe.base.errors import ConfigError, FormatError, printable
+from skymoe.base.inside import inside
 from skymoe.base.log import logger
 from skymoe.base.strict_json import read_json_object
 from skymoe.spec.fields import Fields
@@ -46,11 +47,15 @@ def read_config(directory: Path) -> dict[str, Any]:
     """The content of `directory`/config.json as a plain dict, read strictly.
 
     Raises:
-        FormatError: no such directory or file, larger than 4 MiB, not a JSON object, NaN, duplicate keys.
+        FormatError: no such directory or file, larger than 4 MiB, not a JSON object, NaN, duplicate keys, a link
+            that leads out of the directory.
     """
     if not directory.is_dir():
         raise FormatError("there is no such model directory", where=directory, hint="give the directory of config.json")
-    return read_json_object(directory / CONFIG_NAME, max_bytes=MAX_CONFIG_BYTES)
+    path = directory / CONFIG_NAME
+    if path.is_symlink():
+        inside(directory, CONFIG_NAME)  # a link that leads out of the directory is refused
+    return read_json_object(path, max_bytes=MAX_CONFIG_BYTES)
 
 
 def spec_from_directory(directory: Path) -> ModelSpec:

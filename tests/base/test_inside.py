@@ -64,3 +64,10 @@ def test_depth() -> None:
     for data in (b"[" * 34 + b"]" * 34, b'{"a":' * 900 + b"1" + b"}" * 900, b"[" * 200_000 + b"]" * 200_000):
         with pytest.raises(FormatError, match="nested"):
             parse_json(data, where="x")
+
+
+@pytest.mark.parametrize("number", ["1e400", "-1e999", "1" + "0" * 400 + ".0"])
+def test_numbers_that_cannot_be_written_again(number: str) -> None:
+    with pytest.raises(FormatError, match="too large"):
+        parse_json(f'{{"a": {number}}}'.encode(), where="x")
+    assert parse_json(b'{"a": 1e308}', where="x") == {"a": 1e308}
