@@ -39,7 +39,16 @@ def skymoe(
     """Grow a dense language model into a mixture of experts, train it, measure it."""
 
 
-for command in (jobs.demo, convert.upcycle, convert.merge_check, jobs.train, jobs.generate, jobs.inspect, jobs.report):
+for command in (
+    jobs.demo,
+    convert.upcycle,
+    convert.export,
+    convert.merge_check,
+    jobs.train,
+    jobs.generate,
+    jobs.inspect,
+    jobs.report,
+):
     app.command()(command)
 app.add_typer(tools.data, name="data", help="Make token files from text.")
 app.add_typer(tools.ckpt, name="ckpt", help="List, verify and compare checkpoints.")

@@ -41,6 +41,48 @@ def upcycle(
     print_json(result) if as_json else print_report(result)
 
 
+def export(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="A model, a Hugging Face directory.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to create.")],
+    format: Annotated[
+        str | None, typer.Option(help="mixtral, qwen2_moe, qwen3_moe, olmoe, skymoe or skywork.", show_default=False)
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the new weights; that of SRC if not given.")] = None,
+    fold_gate_norm: Annotated[
+        bool | None, typer.Option("--fold-gate-norm", help="Approximate: one temperature per layer, fitted on --text.")
+    ] = None,
+    text: Annotated[Path | None, typer.Option(help="Text like what the model will read, for the fold.")] = None,
+    max_kl: Annotated[float | None, typer.Option(help="Refuse a fold that changes the model more than this.")] = None,
+    dry_run: Annotated[bool | None, typer.Option("--dry-run", help="Print every tensor; write nothing.")] = None,
+    overwrite: Annotated[bool | None, typer.Option("--overwrite", help="Replace OUT when it exists.")] = None,
+    seed: Seed = None,
+    extra: Extra = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write a model in the format that another tool reads, exactly or not at all, with a receipt."""
+    from skymoe.base.config import check_config
+    from skymoe.cli.console import print_json, standard_output
+    from skymoe.export.config import ExportConfig
+
+    options = given(
+        source=source, out=out, format=format, dtype=dtype, fold_gate_norm=fold_gate_norm, text=text, max_kl=max_kl,
+        dry_run=dry_run, overwrite=overwrite, seed=seed,
+    )  # fmt: skip
+    config = check_config(ExportConfig, options, extra or ())
+    from skymoe.export.run import dry_run as plan
+    from skymoe.export.run import run
+    from skymoe.export.table import show, show_plan
+
+    if config.dry_run:
+        planned = plan(config)
+        print_json(planned.as_json()) if as_json else show_plan(planned, standard_output())
+        return
+    result = run(config)
+    print_json(result) if as_json else show(result, standard_output())
+
+
 def merge_check(
     left: Annotated[Path, typer.Argument(metavar="A", help="A model, a Hugging Face directory.")],
     right: Annotated[Path, typer.Argument(metavar="B", help="The same.")],
