@@ -52,6 +52,8 @@ TINY: dict[str, dict[str, Any]] = {
     "qwen3_moe": dict(hidden_size=48, intermediate_size=72, moe_intermediate_size=40, num_attention_heads=6,
                       head_dim=10, num_key_value_heads=2, vocab_size=97, num_experts=5, num_experts_per_tok=2,
                       norm_topk_prob=True),
+    "olmoe": dict(hidden_size=48, intermediate_size=40, num_attention_heads=6, num_key_value_heads=2, vocab_size=97,
+                  num_experts=7, num_experts_per_tok=3, pad_token_id=None, eos_token_id=1),
 }  # fmt: skip
 
 

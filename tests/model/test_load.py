@@ -12,6 +12,7 @@ import skymoe
 from skymoe.base.errors import ConfigError, FormatError
 from skymoe.model.load import load
 from skymoe.ops.experts import ExpertsBackend
+from skymoe.spec.model import Architecture
 
 TOKENS = torch.arange(2 * 23).view(2, 23) * 7 % 83
 
@@ -24,7 +25,10 @@ def assert_same(path, oracle, tokens=TOKENS):
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe"])
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe"]
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_logits_equal_transformers(model_type, oracle, tmp_path):
     assert_same(oracle.make(tmp_path / "m", model_type), oracle)
 
@@ -46,6 +50,31 @@ def test_logits_equal_transformers(model_type, oracle, tmp_path):
         ("qwen2_moe", {"decoder_sparse_step": 2, "qkv_bias": False}),
         ("qwen3_moe", {"mlp_only_layers": [0], "norm_topk_prob": False, "attention_bias": True}),
         ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 5}),
+        (
+            "qwen3",
+            {
+                "use_sliding_window": True,
+                "sliding_window": 4,
+                "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            },
+        ),
+        ("mixtral", {"head_dim": 14, "num_key_value_heads": 3, "num_experts_per_tok": 3}),
+        ("qwen2_moe", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 3}),  # layers 0 and 2
+        (
+            "qwen2_moe",
+            {
+                "use_sliding_window": True,
+                "sliding_window": 3,
+                "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+                "num_attention_heads": 6,
+                "num_key_value_heads": 2,
+                "tie_word_embeddings": True,
+            },
+        ),
+        ("qwen2_moe", {"mlp_only_layers": [2], "decoder_sparse_step": 2, "shared_expert_intermediate_size": 13}),
+        ("qwen3_moe", {"decoder_sparse_step": 2, "tie_word_embeddings": True, "num_experts_per_tok": 4}),
+        ("olmoe", {"norm_topk_prob": True, "tie_word_embeddings": True}),
+        ("olmoe", {"attention_bias": True, "num_key_value_heads": 6, "num_experts_per_tok": 1}),
     ],
 )
 def test_variants_equal_transformers(model_type, changes, oracle, tmp_path):
@@ -64,8 +93,54 @@ ROPES = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("layout", ["hub", "fused"])
+def test_skywork_moe_without_its_norm_is_mixtral(layout, oracle, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    path = oracle.make(tmp_path / "m", "mixtral")
+    expected = oracle.logits(path, TOKENS)
+    if layout == "fused":
+        AutoModelForCausalLM.from_pretrained(path).save_pretrained(path, save_original_format=False)
+    as_skywork(path, num_local_experts=None, num_experts=[5], moe_use_logits_norm=False)
+    model = load(path)
+    assert model.spec.architecture is Architecture.SKYWORK_MOE
+    torch.testing.assert_close(model(TOKENS), expected, rtol=0, atol=1e-4)
+
+
+def test_skywork_moe_divides_the_logits_by_their_unbiased_deviation(oracle, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    path = oracle.make(tmp_path / "m", "mixtral")
+    hf = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager")
+    for layer in hf.model.layers:
+        layer.mlp.gate.register_forward_hook(released_gate)
+    as_skywork(path, num_experts=[5], num_local_experts=None, moe_use_logits_norm=True, moe_gate_norm_std=2.0)
+    with torch.no_grad():
+        torch.testing.assert_close(load(path)(TOKENS), hf(TOKENS).logits, rtol=0, atol=1e-4)
+
+
+def released_gate(gate, inputs, output):
+    """The released code's gate: std * logits / logits.std(dim=1), softmax, top-2, renormalized."""
+    scaled = 2.0 * output[0] / output[0].std(dim=1, keepdim=True)
+    weights, ids = scaled.softmax(-1).topk(2)
+    return output[0], weights / weights.sum(-1, keepdim=True), ids
+
+
+def test_skywork_13b_is_llama(oracle, tmp_path):
+    path = oracle.make(
+        tmp_path / "m", "llama", rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}
+    )
+    expected = oracle.logits(path, TOKENS)
+    as_skywork(path)
+    torch.testing.assert_close(load(path)(TOKENS), expected, rtol=0, atol=1e-4)
+
+
+def as_skywork(path, **changes):
+    edit(path, model_type="skywork", architectures=["SkyworkForCausalLM"], **changes)
+
+
 @pytest.mark.parametrize("name", ROPES)
-@pytest.mark.parametrize("model_type", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3_moe", "olmoe"])
 def test_rope_scaling_equals_transformers_beyond_the_context(name, model_type, oracle, tmp_path):
     rope = ROPES[name] | {"rope_theta": 1000.0}
     path = oracle.make(tmp_path / "m", model_type, rope_parameters=rope, max_position_embeddings=32)
@@ -96,7 +171,7 @@ def rewrite(path, change):
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"])
 def test_fused_experts_on_disk_are_read(model_type, oracle, tmp_path):
     from transformers import AutoModelForCausalLM
 
