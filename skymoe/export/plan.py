@@ -16,8 +16,8 @@ from skymoe.weights.names import Place, tensor_table
 class FoldedRouter(Operation):
     """A router without its normalization: `factor` times (the weights minus the mean of their rows).
 
-    The mean is what the normalization subtracts; `factor` stands for the deviation that it divides by. None in a dry run,
-    which does not fit it.
+    The mean is what the normalization subtracts; `factor` stands for the deviation that it divides by (None in
+    a dry run, which does not fit it).
     """
 
     source: Source

@@ -17,7 +17,6 @@ from torch import Tensor
 from skymoe.base.dtype import DType
 from skymoe.base.errors import ConfigError
 from skymoe.base.files import resumable_directory
-from skymoe.base.log import logger
 from skymoe.convert.apply import Read, make_common
 from skymoe.convert.exactness import Exactness
 from skymoe.convert.forms import Form, Unused
@@ -51,8 +50,6 @@ def run(config: ExportConfig) -> ExportReport:
     started = time.monotonic()
     with open_parent(config.source) as parent:
         form = _form(parent, config)
-        for told in (*form.adapters, *remarks(form.spec)):
-            logger.info("note: %s", told)
         fitted = fit(parent, config) if form.folded else None
         factors = fitted.temperatures if fitted else None
         plan = plan_export(parent.sources, form.spec, dtype=config.dtype, factors=factors)
