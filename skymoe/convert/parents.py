@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from skymoe.base.dtype import DType
 from skymoe.convert.plan import Source
 from skymoe.model.load import check_spare_head
 from skymoe.spec.hf import spec_from_directory
@@ -47,14 +48,19 @@ class Parent:
 
 
 @contextmanager
-def open_parent(directory: Path, number: int = 0) -> Iterator[Parent]:
+def open_parent(directory: Path, number: int = 0, *, decode_to: DType = DType.BFLOAT16) -> Iterator[Parent]:
     """Open the model in `directory`.
+
+    Args:
+        directory: a model directory.
+        number: of the parent in the plan.
+        decode_to: the type that FP8 weights are given out in.
 
     Raises:
         FormatError: missing, broken, hostile, not supported, or its tensors are not those of its config.
     """
     spec = spec_from_directory(directory)
-    with DecodedReader(directory) as reader:
+    with DecodedReader(directory, decode_to=decode_to) as reader:
         tensors = reader.names()
         match = match_tensors(spec, tensors, where=directory)
         check_spare_head(reader, match)
