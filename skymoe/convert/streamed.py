@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from skymoe.base.dtype import DType
 from skymoe.base.errors import ConfigError
 from skymoe.base.progress import progress
 from skymoe.convert.parents import open_parent
@@ -161,7 +162,7 @@ def next_tokens(tokens_BT: Tensor) -> Tensor:
 @contextmanager
 def open_streamed(directory: Path) -> Iterator[StreamedModel]:
     """The model in `directory`, open for streamed forward passes. Raises FormatError."""
-    with open_parent(directory) as parent:
+    with open_parent(directory, decode_to=DType.FLOAT32) as parent:
         yield StreamedModel(parent.spec, Weights(parent))
 
 
