@@ -7,12 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from skymoe.base.dtype import DType
 from skymoe.model.transformer import Transformer
 from skymoe.spec.flops import count_parameters
 from skymoe.spec.model import Architecture, GateNormSpec, ModelSpec, MoESpec, QkNorm
 from skymoe.weights.header import TensorInfo
 from skymoe.weights.match import match_tensors
 from skymoe.weights.names import Layout, detect_layout, file_names, parameter_shapes, tensor_table
+from skymoe.weights.scales import pair_scales
 
 BASE = ModelSpec(
     architecture=Architecture.LLAMA,
@@ -96,8 +98,6 @@ def test_parameter_counts_equal_the_built_module(name):
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("layout", Layout)
 def test_a_directory_of_exactly_these_tensors_matches(name, layout):
-    from skymoe.base.dtype import DType
-
     spec = SPECS[name]
     table = tensor_table(spec, layout)
     infos = {file: TensorInfo(DType.BFLOAT16, place.shape) for file, place in table.items()}
@@ -116,3 +116,19 @@ def test_hub_names():
     assert "model.layers.1.mlp.experts.4.up_proj.weight" in tensor_table(SPECS["skymoe"])
     assert "model.layers.0.mlp.shared_expert_gate.weight" in tensor_table(SPECS["qwen2_moe"])
     assert tensor_table(SPECS["mixtral"])["model.layers.0.block_sparse_moe.experts.1.w3.weight"].rows == (8, 16)
+
+
+def test_the_names_of_skywork_moe_in_fp8_fit_once_their_scales_are_paired():
+    table = tensor_table(SPECS["skywork_moe"])
+    tensors = {}
+    for name, place in table.items():
+        is_expert = ".experts." in name
+        tensors[name] = TensorInfo(DType.FLOAT8_E4M3 if is_expert else DType.BFLOAT16, place.shape)
+        if is_expert:
+            scale = TensorInfo(DType.FLOAT32, ())
+            tensors |= {f"{name}_scale": scale, f"{name.removesuffix('.weight')}.act_scale": scale}
+    assert "model.layers.2.block_sparse_moe.experts.4.w2.weight_scale" in tensors
+    listing = pair_scales(tensors, None, DType.BFLOAT16, where="here")
+    match = match_tensors(SPECS["skywork_moe"], listing.tensors, where="here")
+    assert match.table == table
+    assert len(listing.activation_scales) == len(listing.scaled) == 3 * 3 * MOE.num_experts
