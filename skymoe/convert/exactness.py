@@ -1,12 +1,21 @@
-"""Does the new model compute what the old one did? A promise in real arithmetic, with its reason. No torch.
+"""Does the new model compute what the old one did, and which formats would keep that? No torch.
 
-A job knows from its plan whether it is exact; the receipt (`receipt.py`) holds the promise against the files. Which
-formats can carry a model without loss is decided in one place, `spec.hf_families.uncarried`.
+A job knows from its plan whether it is exact, in real arithmetic; the receipt (`receipt.py`) holds the promise against
+the files. Which formats can carry a model is decided by `spec.hf_families.uncarried`, with the changes of form that
+`forms.py` knows; `export_targets` asks about every format. Whether a part of a model happens to be zero, so that a
+format without that part would do, is not known here: `skymoe export` looks at the values.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from skymoe.convert.forms import Unused, form_of
+from skymoe.spec.hf_families import MOE_ARCHITECTURES
+from skymoe.spec.model import Architecture, ModelSpec, RopeScaling
+
+_OWN_NAMES = {Architecture.SKYWORK_MOE: "skywork"}
+_NOT_NATIVE = (Architecture.SKYMOE, Architecture.SKYWORK_MOE)
 
 
 @dataclass(frozen=True)
@@ -15,3 +24,63 @@ class Exactness:
 
     exact: bool
     reason: str
+
+
+@dataclass(frozen=True)
+class ExportTarget:
+    """One format that a model could be exported to.
+
+    Attributes:
+        format: as in `skymoe export --format`; "gguf" is llama.cpp's, made by its own converter from an export.
+        carries: the format can hold the model at all, if need be approximately.
+        exact: it would compute the same.
+        reason: why, or what has to be done.
+    """
+
+    format: str
+    carries: bool
+    exact: bool
+    reason: str
+
+
+def export_targets(spec: ModelSpec) -> tuple[ExportTarget, ...]:
+    """What becomes of a mixture of experts in every format; empty for a dense model."""
+    if spec.moe is None:
+        return ()
+    targets = {architecture: _target(spec, architecture) for architecture in MOE_ARCHITECTURES}
+    routes = [target for architecture, target in targets.items() if architecture not in _NOT_NATIVE and target.carries]
+    return (*targets.values(), _gguf(spec, routes))
+
+
+def _target(spec: ModelSpec, architecture: Architecture) -> ExportTarget:
+    name = _OWN_NAMES.get(architecture, architecture.value)
+    form = form_of(spec, architecture, Unused())
+    if not form.missing:
+        return ExportTarget(name, True, True, "; ".join(form.adapters) or _remark(form.spec))
+    folded = form_of(spec, architecture, Unused(), fold=True)
+    if not folded.missing:
+        return ExportTarget(name, True, False, f"{'; '.join(folded.adapters)} (--fold-gate-norm)")
+    return ExportTarget(name, False, False, "; ".join(form.missing))
+
+
+def _remark(spec: ModelSpec) -> str:
+    assert spec.moe is not None
+    match spec.architecture:
+        case Architecture.SKYMOE:
+            return "carries everything; transformers needs trust_remote_code, or `import skymoe`"
+        case Architecture.SKYWORK_MOE if spec.moe.gate_norm:
+            return "as released; the released vLLM fork drops gate normalization on its main path"
+        case Architecture.SKYWORK_MOE:
+            return "the names and fields of the released Skywork-MoE"
+    return "a class of transformers, nothing changed"
+
+
+def _gguf(spec: ModelSpec, routes: list[ExportTarget]) -> ExportTarget:
+    """llama.cpp knows no gate normalization; its converter wants a class of transformers."""
+    if spec.rope.scaling is RopeScaling.DYNAMIC:
+        return ExportTarget("gguf", False, False, "llama.cpp has no dynamic rotary scaling")
+    if not routes:
+        return ExportTarget("gguf", False, False, "llama.cpp's converter reads none of the formats that carry it")
+    best = max(routes, key=lambda target: target.exact)
+    how = f"llama.cpp's converter, from an export to {best.format}"
+    return ExportTarget("gguf", True, best.exact, how if best.exact else f"{how}; {best.reason}")

@@ -1,44 +1,46 @@
-"""The receipt: is the upcycled model the dense model? Measured on the files just written, not assumed.
+"""The receipt: is the new model the old one? Measured on the files just written, not assumed.
 
-Both models read the same random tokens in fp32, **layer by layer**: one layer of one model is in memory at a time, so
-the receipt of a model costs the memory of its largest layer, not of two whole models. `exact` needs both: the proof
-for this method (`target.exactness`) and a measured difference within rounding.
+Both models read the same tokens in fp32 (`text.py` says which), each a few tensors at a time (`streamed.py`), so a
+receipt works for a model of any size. `exact` needs both: the proof for this method (`Exactness`, the table of
+docs/upcycling.md as code) and a measured difference within rounding. An expert that no token reached has not been
+looked at: `experts_reached` says how many were. docs/receipt.md explains every figure.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-
-from skymoe.convert.exactness import Exactness
-from skymoe.model.batch import BatchInfo
-from skymoe.model.load import read_parameters
-from skymoe.model.transformer import Transformer
-from skymoe.ops.experts import ExpertsBackend
+from skymoe.convert.exactness import Exactness, ExportTarget, export_targets
+from skymoe.convert.streamed import Comparison, streamed_compare
+from skymoe.convert.text import sample_tokens
 from skymoe.spec.hf import spec_from_directory
-from skymoe.weights.match import match_tensors
-from skymoe.weights.reader import WeightsReader
 
-NUM_SEQUENCES = 2
+RECEIPT_NAME = "receipt.json"
 _TOLERANCE = 1e-4  # of max |dlogit|, relative to the largest logit when that is above 1
 
 
 @dataclass(frozen=True)
 class Receipt:
-    """How the upcycled model compares with its parent at step 0.
+    """How a model compares at step 0 with the one it was made from. A figure is None where nothing was measured, or
+    where it is not a finite number; `reason` and `computed` tell which.
 
     Attributes:
-        max_abs_dlogit: largest difference of any logit; None when nothing was measured.
-        kl: KL(dense || MoE), mean nats per token; None when nothing was measured.
-        max_abs_logit: largest logit of the parent, the scale of the first figure.
+        max_abs_dlogit: largest difference of any logit.
+        kl: KL(reference || model), mean nats per token.
+        max_abs_logit: largest logit of the reference, the scale of the first figure.
         exact: the method is exact in real arithmetic, and the measurement agrees up to rounding.
         reason: why.
-        num_tokens, seed: of the random tokens.
+        num_tokens, seed: how many tokens were read, and what chose the random ones.
         computed: how it was measured.
+        tokens: what was read: text or random.
+        reference_loss, loss: mean nats per scored token, before and after.
+        reference_perplexity, perplexity: e to the power of these.
+        top1_agreement: share of the tokens after which both name the same next token first.
+        experts_reached, num_experts: of the new model, over all its layers; 0 of 0 where it is dense.
+        exports: what becomes of the model in every export format.
     """
 
     max_abs_dlogit: float | None
@@ -48,70 +50,85 @@ class Receipt:
     reason: str
     num_tokens: int
     seed: int
-    computed: str = "fp32, layer by layer"
+    computed: str = "fp32, a few tensors at a time"
+    tokens: str = "none"
+    reference_loss: float | None = None
+    loss: float | None = None
+    reference_perplexity: float | None = None
+    perplexity: float | None = None
+    top1_agreement: float | None = None
+    experts_reached: int = 0
+    num_experts: int = 0
+    exports: tuple[ExportTarget, ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data for receipt.json."""
+        return asdict(self)
 
 
 def measure(
-    dense: Path, moe: Path, expected: Exactness, *, num_tokens: int, seed: int, narrowed: bool = False
+    reference: Path, model: Path, expected: Exactness, *, num_tokens: int, seed: int, narrowed: bool = False
 ) -> Receipt:
-    """Compare the models in two directories on `NUM_SEQUENCES` random sequences of `num_tokens` tokens.
+    """Compare the models in two directories of one vocabulary.
 
     Args:
-        dense, moe: model directories.
+        reference: the parent; of several parents, the base.
+        model: what was made of it.
         expected: what the method promises.
         num_tokens: per sequence; 0 measures nothing and repeats the promise.
-        seed: of the tokens.
+        seed: of the random tokens.
         narrowed: the conversion rounded the weights to a narrower format, so that logits may differ.
+
+    Raises:
+        FormatError: a model is missing, broken or hostile. ConfigError: the vocabularies differ.
     """
+    spec = spec_from_directory(model)
+    exports = export_targets(spec)
+    num_experts = len(spec.moe_layer_ids) * spec.moe.num_experts if spec.moe else 0
     if num_tokens == 0:
         reason = f"{expected.reason} (not measured)"
-        return Receipt(None, None, None, expected.exact, reason, 0, seed, computed="not at all")
-    vocab_size = spec_from_directory(dense).vocab_size
-    generator = torch.Generator().manual_seed(seed)
-    tokens_BT = torch.randint(vocab_size, (NUM_SEQUENCES, num_tokens), generator=generator)
-    dense_BTV, moe_BTV = streamed_logits(dense, tokens_BT), streamed_logits(moe, tokens_BT)
-    difference = float((dense_BTV - moe_BTV).abs().max())
-    scale = float(dense_BTV.abs().max())
-    kl = float(mean_kl(dense_BTV, moe_BTV))
-    agrees = difference <= _TOLERANCE * max(1.0, scale)  # False for NaN
-    reason = expected.reason
-    if expected.exact and not agrees and narrowed:
-        reason = f"the weights were rounded to a narrower format; before that, {reason}"
-    elif expected.exact and not agrees:
-        reason = f"it should be ({reason}), but a logit differs by {difference:.3g}: please report this"
-    return Receipt(difference, kl, scale, expected.exact and agrees, reason, tokens_BT.numel(), seed)
+        return Receipt(
+            None, None, None, expected.exact, reason, 0, seed, "not at all", num_experts=num_experts, exports=exports
+        )
+    sample = sample_tokens(reference, spec.vocab_size, num_tokens=num_tokens, seed=seed)
+    found = streamed_compare(reference, model, sample.tokens_BT, targets_BT=sample.targets_BT)
+    exact, reason = judge(expected, found, narrowed=narrowed)
+    return Receipt(
+        max_abs_dlogit=_finite(found.max_abs_dlogit),
+        kl=_finite(found.kl),
+        max_abs_logit=_finite(found.max_abs_logit),
+        exact=exact,
+        reason=reason,
+        num_tokens=found.num_tokens,
+        seed=seed,
+        tokens=sample.told,
+        reference_loss=_finite(found.reference_loss),
+        loss=_finite(found.loss),
+        reference_perplexity=_perplexity(found.reference_loss),
+        perplexity=_perplexity(found.loss),
+        top1_agreement=found.top1_agreement,
+        experts_reached=found.experts_reached,
+        num_experts=num_experts,
+        exports=exports,
+    )
 
 
-def mean_kl(p_logits_BTV: Tensor, q_logits_BTV: Tensor) -> Tensor:
-    """KL(p || q) in nats, averaged over the tokens, summed in fp64 row by row."""
-    total = torch.zeros((), dtype=torch.float64)
-    for p_TV, q_TV in zip(p_logits_BTV, q_logits_BTV, strict=True):
-        p, q = F.log_softmax(p_TV.double(), -1), F.log_softmax(q_TV.double(), -1)
-        total += (p.exp() * (p - q)).sum()
-    return total / p_logits_BTV[..., 0].numel()
+def judge(expected: Exactness, found: Comparison, *, narrowed: bool) -> tuple[bool, str]:
+    """Whether promise and measurement together say "exact", and why or why not."""
+    agrees = found.max_abs_dlogit <= _TOLERANCE * max(1.0, found.max_abs_logit)  # False for not-a-number
+    if not expected.exact or agrees:
+        return expected.exact and agrees, expected.reason
+    if not math.isfinite(found.max_abs_dlogit):
+        return False, f"a logit is not a finite number; it should be exact ({expected.reason})"
+    if narrowed:
+        return False, f"the weights were rounded to a narrower format; before that, {expected.reason}"
+    differs = f"a logit differs by {found.max_abs_dlogit:.3g}: please report this"
+    return False, f"it should be ({expected.reason}), but {differs}"
 
 
-@torch.no_grad()
-def streamed_logits(directory: Path, tokens_BT: Tensor) -> Tensor:
-    """Logits (B, T, V) in fp32 of the model in `directory`, with one layer in memory at a time."""
-    spec = spec_from_directory(directory)
-    with torch.device("meta"):
-        model = Transformer(spec, experts=ExpertsBackend.LOOP)
-    with WeightsReader(directory) as reader:
-        match = match_tensors(spec, reader.names(), where=directory)
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
-        def fill(module: nn.Module, prefix: str) -> None:
-            state = read_parameters(reader, spec, match, dtype=torch.float32, prefix=prefix)
-            module.load_state_dict(state, strict=True, assign=True)
 
-        fill(model.embed, "embed.")
-        x_BTD = model.embed(tokens_BT)
-        inputs = model.attention_inputs(tokens_BT, BatchInfo(), None)
-        for layer, block in enumerate(model.layers):
-            fill(block, f"layers.{layer}.")
-            x_BTD, _ = block(x_BTD, inputs, BatchInfo())
-            block.to("meta")  # lets go of the weights
-        fill(model.norm, "norm.")
-        if model.head is not None:
-            fill(model.head, "head.")
-        return model.logits(model.norm(x_BTD))
+def _perplexity(loss: float | None) -> float | None:
+    return None if loss is None or not loss < 700 else math.exp(loss)  # e^710 is no double

@@ -64,6 +64,7 @@ class Comparison:
         top1_agreement: share of the tokens after which both name the same next token first.
         reference_loss, loss: mean nats per scored target, of the reference and of the model; None without targets.
         num_tokens, num_targets: how many were looked at, and scored.
+        experts_reached: how many experts of the model, over all its layers, at least one token went to.
     """
 
     max_abs_dlogit: float
@@ -74,6 +75,7 @@ class Comparison:
     loss: float | None
     num_tokens: int
     num_targets: int
+    experts_reached: int
 
 
 @torch.no_grad()
@@ -137,6 +139,7 @@ def streamed_compare(
         loss=losses[1],
         num_tokens=targets_N.numel(),
         num_targets=int(scored_N.sum()),
+        experts_reached=second.experts_reached,
     )
 
 
@@ -173,6 +176,11 @@ class StreamedModel:
         self.spec, self._weights = spec, weights
         with torch.device("meta"):
             self._model = Transformer(spec, experts=ExpertsBackend.LOOP)
+
+    @property
+    def experts_reached(self) -> int:
+        """How many experts some token has gone to so far, over all layers."""
+        return len(self._weights.reached)
 
     def embed(self, tokens_BT: Tensor) -> Tensor:
         """(B, T) -> (B, T, D); only these tokens' rows are read."""

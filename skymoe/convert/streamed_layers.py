@@ -34,6 +34,7 @@ class Weights:
         parent: the model, open.
         plain: module name to source, for everything that is no expert.
         experts: module name and expert to the sources that are stacked by rows (gate and up).
+        reached: the experts that were asked for, by module name and number.
     """
 
     def __init__(self, parent: Parent) -> None:
@@ -44,6 +45,7 @@ class Weights:
             if place.expert is not None:
                 key = place.parameter, place.expert
                 self.experts[key] = (*self.experts.get(key, ()), source)
+        self.reached: set[tuple[str, int]] = set()
 
     def read(self, source: Source) -> Tensor:
         """All of `source`, in fp32."""
@@ -99,6 +101,7 @@ class StreamedExperts(nn.Module):
         return y_RD
 
     def _expert(self, x_RD: Tensor, expert: int) -> Tensor:
+        self.weights.reached.add((self.name, expert))
         gate_up = self.weights.experts[f"{self.name}.gate_up", expert]
         (down,) = self.weights.experts[f"{self.name}.down", expert]
         h_RG = torch.cat([self.weights.linear(x_RD, source) for source in gate_up], dim=-1)

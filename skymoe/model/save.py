@@ -8,6 +8,7 @@ where the model comes from; no other tool reads it.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -18,7 +19,6 @@ import torch
 from skymoe import __version__
 from skymoe.base.dtype import DType
 from skymoe.base.files import staging_directory, write_atomic
-from skymoe.base.inside import read_inside
 from skymoe.base.log import logger
 from skymoe.model.load import float_dtype
 from skymoe.model.transformer import Transformer
@@ -26,17 +26,12 @@ from skymoe.spec.hf import CONFIG_NAME, config_from_spec, generation_config
 from skymoe.spec.hf_families import carried
 from skymoe.spec.model import Architecture, ModelSpec
 from skymoe.weights.buffers import torch_dtype
+from skymoe.weights.companions import GENERATION_NAME, copy_tokenizer, read_companion, write_companions
 from skymoe.weights.names import tensor_table
 from skymoe.weights.writer import DEFAULT_SHARD_BYTES, ShardedWriter
 
 PROVENANCE_NAME = "skymoe.json"
-GENERATION_NAME = "generation_config.json"
-TOKENIZER_NAMES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
 MODELLING_NAMES = ("configuration_skymoe.py", "modeling_skymoe.py")
-_MAX_COPIED_BYTES = 256 * 2**20  # of one tokenizer file
 
 
 def save_pretrained(
@@ -59,7 +54,7 @@ def save_pretrained(
         model: on any one device.
         out: the directory to create.
         dtype: of the files; None keeps the model's.
-        tokenizer_from: a directory whose tokenizer and generation files are copied.
+        tokenizer_from: a directory whose tokenizer files, chat templates and generation config are copied.
         provenance: more entries for skymoe.json.
         extra_files: file name to content.
         max_shard_bytes: most bytes in one weight file.
@@ -91,6 +86,40 @@ def save_pretrained(
     return out
 
 
+def write_config_files(
+    directory: Path,
+    spec: ModelSpec,
+    dtype: DType,
+    *,
+    source: Path | None = None,
+    extra_config: Mapping[str, Any] | None = None,
+) -> None:
+    """What makes weights loadable: config.json, generation_config.json, tokenizer files, modelling files.
+
+    Args:
+        directory: exists.
+        spec: what the model is; a `skymoe` one gets the two Python files with which transformers can load it.
+        dtype: of most of the weights.
+        source: a model directory whose tokenizer, chat templates and generation config are copied byte for byte.
+        extra_config: more entries of config.json.
+
+    Raises:
+        ConfigError: the architecture cannot carry `spec`. FormatError: a file of `source` is hostile.
+        MachineError: no space, no permission.
+    """
+    config = config_from_spec(spec, dtype=dtype.value)
+    if spec.architecture is Architecture.SKYMOE:
+        package = files("skymoe") / "hf_model"
+        write_companions(directory, {name: (package / name).read_bytes() for name in MODELLING_NAMES})
+    write_json(directory / CONFIG_NAME, {**config, **(extra_config or {})})
+    if source is not None:
+        copy_tokenizer(source, directory)
+    if source is not None and os.path.lexists(source / GENERATION_NAME):
+        write_companions(directory, {GENERATION_NAME: read_companion(source, GENERATION_NAME)})
+    else:
+        write_json(directory / GENERATION_NAME, generation_config(spec))
+
+
 def write_documents(
     directory: Path,
     spec: ModelSpec,
@@ -99,20 +128,8 @@ def write_documents(
     source: Path | None,
     provenance: Mapping[str, Any] | None = None,
 ) -> None:
-    """Everything of a model directory but the weights: configs, tokenizer files of `source`, provenance.
-
-    A `skymoe` directory also gets the two Python files with which transformers can load it (trust_remote_code).
-    """
-    config = config_from_spec(spec, dtype=dtype.value)
-    if spec.architecture is Architecture.SKYMOE:
-        package = files("skymoe") / "hf_model"
-        for name in MODELLING_NAMES:
-            write_atomic(directory / name, (package / name).read_bytes())
-    write_json(directory / CONFIG_NAME, config)
-    names = TOKENIZER_NAMES if source is None else (*TOKENIZER_NAMES, GENERATION_NAME)
-    copied = [name for name in names if source is not None and _copy(source, directory, name)]
-    if GENERATION_NAME not in copied:
-        write_json(directory / GENERATION_NAME, generation_config(spec))
+    """`write_config_files`, and skymoe.json: where the model comes from."""
+    write_config_files(directory, spec, dtype, source=source)
     write_json(directory / PROVENANCE_NAME, {"skymoe": __version__, **(provenance or {})})
 
 
@@ -123,10 +140,3 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def _stored_dtype(name: str, dtype: DType) -> DType:
     return DType.FLOAT32 if name.endswith("e_score_correction_bias") else dtype  # added to scores, never multiplied
-
-
-def _copy(source: Path, directory: Path, name: str) -> bool:
-    content = read_inside(source, name, max_bytes=_MAX_COPIED_BYTES)
-    if content is not None:
-        write_atomic(directory / name, content)
-    return content is not None
