@@ -72,13 +72,38 @@ def test_torch_free_rooms_load_no_torch() -> None:
 def test_importing_skymoe_is_cheap_and_load_is_there() -> None:
     code = """if True:
         import sys, skymoe
-        assert "torch" not in sys.modules
+        assert not {"torch", "transformers", "skymoe.integrations.transformers"} & sys.modules.keys()
         assert callable(skymoe.load)
         assert "torch" in sys.modules
     """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
     with pytest.raises(AttributeError, match="lode"):
         _ = skymoe.lode  # type: ignore[attr-defined]
+
+
+def imported(path: Path) -> set[str]:
+    """Every module that the file names in an import, wherever it stands."""
+    nodes = list(ast.walk(ast.parse(path.read_text("utf-8"))))
+    plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    return plain | {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+
+
+def test_transformers_is_imported_on_the_roof_only() -> None:
+    """The contract of pyproject.toml does not see `hf_model`, which is no package. Only `import skymoe` opens the roof."""
+    users = {
+        path.relative_to(PACKAGE).parts[0] for path in SOURCES if any(_is_of(m, "transformers") for m in imported(path))
+    }
+    assert users == {"integrations", "hf_model"}
+    visitors = {
+        path.relative_to(PACKAGE).parts[0]
+        for path in SOURCES
+        if any(_is_of(m, "skymoe.integrations") for m in imported(path))
+    }
+    assert visitors == {"__init__.py", "integrations"}
+
+
+def _is_of(module: str, package: str) -> bool:
+    return module == package or module.startswith(f"{package}.")
 
 
 def dangers(tree: ast.AST) -> Iterator[tuple[int, str]]:

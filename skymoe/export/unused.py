@@ -1,7 +1,7 @@
 """Does a part of the source compute nothing? Its values say so, not its config.
 
 A shared expert adds exactly zero when one of its three matrices is all zero: it is down (silu(gate x) * (up x)), and
-silu(0) = 0. Its sigmoid gate cannot close it: at a gate of zero the factor is 1/2. A bias of zeros is no bias. The first
+silu(0) = 0. Its sigmoid gate cannot close it: at a gate of zero the factor is 1/2. A bias of zeros is none. The first
 tensor that is not zero settles it, so a model that cannot be exported is refused after a look at a few.
 """
 
