@@ -133,7 +133,7 @@ def config_from_spec(spec: ModelSpec, *, dtype: str = "float32") -> dict[str, An
         "use_cache": True,
         "dtype": dtype,
         "torch_dtype": dtype,
-        **write_rope(spec.rope, max_position=spec.max_position),
+        **write_rope(spec.rope, max_position=spec.max_position, old=family.model_type == "skywork"),
         **write_attention(spec),
         **write_ffn(spec),
     }

@@ -138,7 +138,7 @@ def _read_qwen(fields: Fields, *, shared: bool) -> dict[str, Any]:
 
 
 def _write_qwen(spec: ModelSpec) -> dict[str, Any]:
-    moe = _moe(spec)
+    moe, sparse = _moe(spec), set(spec.moe_layer_ids)
     shared = {"shared_expert_intermediate_size": moe.shared_ffn_size} if moe.shared_ffn_size else {}
     return {
         "intermediate_size": spec.ffn_size,
@@ -147,7 +147,7 @@ def _write_qwen(spec: ModelSpec) -> dict[str, Any]:
         "num_experts_per_tok": moe.top_k,
         "norm_topk_prob": moe.norm_topk,
         "decoder_sparse_step": 1,
-        "mlp_only_layers": [layer for layer in range(spec.num_layers) if not spec.is_moe_layer(layer)],
+        "mlp_only_layers": [layer for layer in range(spec.num_layers) if layer not in sparse],
         **shared,
         **_write_hints(moe),
     }

@@ -44,8 +44,11 @@ def read_rope(fields: Fields, *, max_position: int, default_theta: float) -> Rop
     return found[0] if found else RopeSpec(theta=legacy_theta)
 
 
-def write_rope(rope: RopeSpec, *, max_position: int) -> dict[str, Any]:
-    """The config fields of `rope`: `rope_parameters`, `rope_theta`, `rope_scaling`."""
+def write_rope(rope: RopeSpec, *, max_position: int, old: bool = False) -> dict[str, Any]:
+    """The config fields of `rope`: `rope_parameters`, `rope_theta`, `rope_scaling`.
+
+    With `old` the variant in `rope_scaling` is called `type`, as code from before transformers 4.43 wants it.
+    """
     scaling: dict[str, Any] = {"rope_type": rope.scaling.value}
     if rope.scaling is not RopeScaling.NONE:
         scaling["factor"] = rope.factor
@@ -61,10 +64,11 @@ def write_rope(rope: RopeSpec, *, max_position: int) -> dict[str, Any]:
             "mscale_all_dim": rope.mscale_all_dim or None,
         }
         scaling |= {name: value for name, value in optional.items() if value is not None}
+    legacy = {"type" if old and name == "rope_type" else name: value for name, value in scaling.items()}
     return {
         "rope_parameters": scaling | {"rope_theta": rope.theta},
         "rope_theta": rope.theta,
-        "rope_scaling": None if rope.scaling is RopeScaling.NONE else scaling,
+        "rope_scaling": None if rope.scaling is RopeScaling.NONE else legacy,
     }
 
 

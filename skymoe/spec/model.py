@@ -217,7 +217,9 @@ class ModelSpec:
     @property
     def moe_layer_ids(self) -> tuple[int, ...]:
         """Global ids of the MoE layers, ascending."""
-        return tuple(layer for layer in range(self.num_layers) if self.is_moe_layer(layer))
+        if self.moe is None:
+            return ()
+        return tuple(range(self.num_layers)) if self.moe_layers is None else self.moe_layers
 
     @property
     def num_dense_layers(self) -> int:
