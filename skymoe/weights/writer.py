@@ -6,7 +6,8 @@ Memory is bounded by the tensor at hand. The bytes depend on the plan and the te
 At the end the writer proves that nothing is missing.
 
 A shard is `NAME.part` until all its tensors are on the disk (fsync), and only then `NAME`. So whatever kills the
-process, a file under its name is whole, and a later writer of the same plan may keep it (`resume`).
+process, a file under its name is whole, and a later writer of the same plan may keep it (`resume`). A thread does the
+waiting for the disk: the kernel alone would let it idle until gigabytes are pending, and the end would wait for them.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from io import FileIO
 from pathlib import Path
 from types import MappingProxyType
@@ -30,6 +32,7 @@ from skymoe.weights.header import Header, TensorInfo, plan_file, write_all
 from skymoe.weights.index import INDEX_NAME, SINGLE_NAME
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
+_SYNC_BYTES = 256 * 2**20  # at most twice as much waits for the disk
 _METADATA = MappingProxyType({"format": "pt"})  # transformers refuses files without it
 
 
@@ -70,6 +73,7 @@ class ShardedWriter:
         paths = [directory / name for name in _shard_names(len(shards))]
         self._shards = [_Shard(path, *plan_file(shard, metadata)) for path, shard in zip(paths, shards, strict=True)]
         self._shard_of = {name: shard for shard in self._shards for name in shard.header.tensors}
+        self._disk = _Disk()
         with machine_errors(directory):
             finished = [shard for shard in self._shards if shard.begin(resume)]
         self.done = frozenset(name for shard in finished for name in shard.header.tensors)
@@ -92,7 +96,7 @@ class ShardedWriter:
             planned = shard.header.tensors[name]
             why = f"planned {planned.dtype} {list(planned.shape)}, got {info.dtype} {list(info.shape)}"
             raise FormatError(f"tensor {name} is not as planned", where=shard.path, why=why)
-        shard.write(name, bytes_of(tensor))
+        shard.write(name, bytes_of(tensor), self._disk)
 
     def finish(self) -> tuple[Path, ...]:
         """Write the index, and return the weight files: everything is on the disk.
@@ -105,6 +109,9 @@ class ShardedWriter:
             self.abort()
             named = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
             raise FormatError(f"{len(missing)} planned tensors were never written: {named}", where=self._directory)
+        with machine_errors(self._directory):
+            self._disk.wait()
+        self._disk.close()
         if len(self._shards) > 1:
             weight_map = {name: shard.path.name for name, shard in self._shard_of.items()}
             index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
@@ -115,6 +122,7 @@ class ShardedWriter:
 
     def abort(self) -> None:
         """Close the files as they are; for a caller that gives up and removes the directory."""
+        self._disk.close()
         for shard in self._shards:
             shard.close()
 
@@ -136,6 +144,7 @@ class _Shard:
         self.missing = set(header.tensors)
         self._part = path.with_name(f"{path.name}.part")
         self._prefix = prefix
+        self._pending_bytes = 0
         self._file: FileIO | None = None
 
     def begin(self, resume: bool) -> bool:
@@ -153,8 +162,8 @@ class _Shard:
         self.missing.clear()
         return True
 
-    def write(self, name: str, data: memoryview) -> None:
-        """Put the bytes of tensor `name` at their place."""
+    def write(self, name: str, data: memoryview, disk: _Disk) -> None:
+        """Put the bytes of tensor `name` at their place; the last one makes `disk` finish the file."""
         with machine_errors(self.path):
             if self._file is None:
                 self._file = FileIO(self._part, "xb")
@@ -162,15 +171,45 @@ class _Shard:
             self._file.seek(self.header.offsets[name])
             write_all(self._file, data)
             self.missing.discard(name)
+            self._pending_bytes += len(data)
             if not self.missing:
-                os.fsync(self._file.fileno())
-                self.close()
-                os.rename(self._part, self.path)
+                disk.start(self._finish, self._file)
+            elif self._pending_bytes >= _SYNC_BYTES:
+                self._pending_bytes = 0
+                disk.start(os.fsync, self._file.fileno())
+
+    def _finish(self, file: FileIO) -> None:
+        os.fsync(file.fileno())
+        file.close()
+        os.rename(self._part, self.path)
 
     def close(self) -> None:
         """Close the file as it is."""
         if self._file is not None:
             self._file.close()
+
+
+class _Disk:
+    """A thread that waits for the disk. One action at a time: who starts the next waits for the last, and its error."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="disk")
+        self._last: Future[None] | None = None
+
+    def start(self, action: Callable[..., None], *arguments: object) -> None:
+        """Do `action(*arguments)` soon."""
+        self.wait()
+        self._last = self._pool.submit(action, *arguments)
+
+    def wait(self) -> None:
+        """Until the last action is done; its error rises here."""
+        if self._last is not None:
+            last, self._last = self._last, None
+            last.result()
+
+    def close(self) -> None:
+        """End the thread; an error that nobody waited for is lost. Harmless twice."""
+        self._pool.shutdown()
 
 
 def _check_plan(plan: Sequence[tuple[str, DType, Sequence[int]]]) -> dict[str, TensorInfo]:
