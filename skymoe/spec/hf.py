@@ -38,7 +38,7 @@ MAX_LAYERS = 10_000
 _UNRECORDED = ("auto_map", "dtype", "torch_dtype")
 _MAX_RECORDED, _MAX_RECORDED_SIZE = 100, 500
 _CLASS_SUFFIX = "ForCausalLM"
-_REFUSED_NUMBERS = ("clip_qkv",)  # null in every OLMoE that was released
+_REFUSED_NUMBERS = ("clip_qkv",)  # of OLMoE
 _REFUSED_FLAGS = ("moe_2layer_gate", "add_cross_attention", "is_encoder_decoder")
 _TRAINING_NOISE = ("attention_dropout", "resid_pdrop", "embd_pdrop", "router_jitter_noise", "hidden_dropout")
 
