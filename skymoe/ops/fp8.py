@@ -20,6 +20,7 @@ Shapes: O rows (outputs), I columns (inputs), R rows of a chunk.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,11 +53,10 @@ def encode_e4m3(x: Tensor) -> Tensor:
     """
     if bool(torch.isnan(x).any()):
         raise ValueError("NaN has no place in FP8 weights")
-    flat = x.reshape(1, -1) if x.ndim == 0 else x.reshape(-1, x.shape[-1])
-    out = torch.empty(flat.shape, dtype=torch.float8_e4m3fn)
-    encoder = _Encoder(flat.shape[1])
-    for rows in _chunks(range(flat.shape[0]), flat.shape[1]):
-        encoder.encode(flat[rows.start : rows.stop], None, out[rows.start : rows.stop])
+    out = torch.empty(x.numel(), dtype=torch.float8_e4m3fn)
+    encoder = _Encoder(1)
+    for piece, out_piece in zip(x.reshape(-1).split(_CHUNK), out.split(_CHUNK), strict=True):
+        encoder.encode(piece, None, out_piece)
     return out.view(x.shape)
 
 
@@ -66,8 +66,7 @@ def decode_e4m3(codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     Raises:
         ValueError: a code is NaN.
     """
-    flat = codes.reshape(1, -1) if codes.ndim == 0 else codes.reshape(-1, codes.shape[-1])
-    return dequantize(flat, torch.ones(()), Fp8Scheme.TENSOR, dtype).view(codes.shape)
+    return dequantize(codes.reshape(-1, 1), torch.ones(()), Fp8Scheme.TENSOR, dtype).view(codes.shape)
 
 
 @torch.no_grad()
@@ -145,10 +144,49 @@ def dequantize(
     Raises:
         ValueError: a code is NaN.
     """
+    out_OI = torch.empty(codes_OI.shape, dtype=dtype)
+    for rows, x_RI in _decoded(codes_OI, scale, scheme, block_size, first):
+        out_OI[rows] = x_RI
+    return out_OI
+
+
+class RoundingError(NamedTuple):
+    """What quantization changed.
+
+    Attributes:
+        rms: root mean square of the error over that of the weight; 0 where the weight is all zero.
+        max: largest |error| over the largest |weight|.
+    """
+
+    rms: float
+    max: float
+
+
+@torch.no_grad()
+def rounding_error(
+    weight_OI: Tensor, codes_OI: Tensor, scale: Tensor, scheme: Fp8Scheme,
+    block_size: tuple[int, int] = DEFAULT_BLOCK,
+) -> RoundingError:  # fmt: skip
+    """How far codes * scale is from `weight_OI`, in fp32. Raises ValueError where a code is NaN."""
+    squares = torch.zeros(2, dtype=torch.float64)
+    highest = torch.zeros(2)
+    for rows, x_RI in _decoded(codes_OI, scale, scheme, block_size, (0, 0)):
+        weight_RI = weight_OI[rows].float()
+        for i, y_RI in enumerate((x_RI.sub_(weight_RI), weight_RI)):
+            squares[i] += torch.linalg.vector_norm(y_RI).double().square()
+            highest[i] = torch.maximum(highest[i], torch.linalg.vector_norm(y_RI, float("inf")))
+    rms, most = (squares[0] / squares[1]).sqrt(), highest[0] / highest[1]
+    return RoundingError(float(rms), float(most)) if highest[1] > 0 else RoundingError(0.0, 0.0)
+
+
+def _decoded(
+    codes_OI: Tensor, scale: Tensor, scheme: Fp8Scheme, block_size: tuple[int, int], first: tuple[int, int]
+) -> Iterator[tuple[slice, Tensor]]:
+    """Some rows at a time: which, and their values in fp32, in a buffer that the next ones take."""
     num_rows, num_columns = codes_OI.shape
     raw_OI = codes_OI.view(torch.int8)
-    out_OI = torch.empty(codes_OI.shape, dtype=dtype)
-    wide, x = (torch.empty(max(_CHUNK, num_columns), dtype=kind) for kind in (torch.int16, torch.float32))
+    size = max(min(_CHUNK, num_rows * num_columns), num_columns)
+    wide, x = torch.empty(size, dtype=torch.int16), torch.empty(size)
     columns = range(first[1], first[1] + num_columns)
     for rows in _strips(num_rows, scheme, block_size, first[0]):
         by_column = _scale_of(scale, scheme, rows, columns, block_size) * _FP16_TO_E4M3
@@ -156,12 +194,11 @@ def dequantize(
             here = slice(part.start - first[0], part.stop - first[0])
             wide_RI, x_RI = (buffer[: len(part) * num_columns].view(len(part), num_columns) for buffer in (wide, x))
             wide_RI.copy_(raw_OI[here])
-            if part and int((raw_OI[here] & 0x7F).amax()) == 0x7F:
+            if num_columns and int((raw_OI[here] & 0x7F).amax()) == 0x7F:
                 raise ValueError("a weight is NaN")
             x_RI.copy_(wide_RI.bitwise_left_shift_(7).bitwise_and_(-0x4080).view(torch.float16))
             x_RI.mul_(by_column[part.start - rows.start :][: len(part)] if scheme is Fp8Scheme.CHANNEL else by_column)
-            out_OI[here].copy_(x_RI)
-    return out_OI
+            yield here, x_RI
 
 
 class _Encoder:

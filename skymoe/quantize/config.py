@@ -15,13 +15,12 @@ class QuantizeConfig(Config):
     """One conversion to FP8.
 
     Attributes:
-        source: a Hugging Face directory, plain or already FP8; with `dry_run` also the name of a preset.
+        source: a Hugging Face directory, plain or FP8 already; with `dry_run` also the name of a preset.
         out: the directory to create; not needed with `dry_run`.
         scheme: how many weights share a scale.
         dry_run: plan and count, write nothing.
-        check_logits: compare the logits of the quantized model with those of the source.
-        check_tokens: length of each of the random sequences of that comparison.
-        seed: of those tokens.
+        receipt_tokens: length of each sequence on which the logits are compared with the source's; 0 compares nothing.
+        seed: of the random ones among these tokens.
         max_shard_bytes: most bytes in one weight file.
         overwrite: replace an existing output directory.
     """
@@ -30,8 +29,7 @@ class QuantizeConfig(Config):
     out: Path | None = None
     scheme: Fp8Scheme = Fp8Scheme.BLOCK
     dry_run: bool = False
-    check_logits: bool = True
-    check_tokens: int = Field(default=64, ge=2, le=65536)
+    receipt_tokens: int = Field(default=64, ge=0, le=65536)
     seed: int = Field(default=0, ge=0)
     max_shard_bytes: int = Field(default=5_000_000_000, ge=1_000)
     overwrite: bool = False

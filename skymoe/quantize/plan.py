@@ -1,0 +1,126 @@
+"""The quantization as data: each source matrix is read once and gives its codes and its scale. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from skymoe.base.dtype import DType
+from skymoe.convert.plan import ConversionPlan, Copy, Operation, Source, Step, Target, plan_of
+from skymoe.quantize.policy import Choice, choose, not_converted
+from skymoe.spec.model import ModelSpec
+from skymoe.spec.quantization import STYLE_OF, Fp8Scheme, QuantizationSpec
+from skymoe.weights.header import TensorInfo
+from skymoe.weights.match import EMBEDDING_NAME
+from skymoe.weights.names import Place, tensor_table
+
+_BUFFERS = 4 * 2**20  # bytes of ops.fp8's chunks
+
+
+@dataclass(frozen=True)
+class ToFp8(Operation):
+    """Round matrices to e4m3. Result 2 i is the codes of matrix i, result 2 i + 1 its scale.
+
+    Attributes:
+        matrices: several where they share one scale.
+        names: what their codes are called in the output.
+        scheme: which of their weights share a scale.
+    """
+
+    matrices: tuple[Source, ...]
+    names: tuple[str, ...]
+    scheme: Fp8Scheme
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        return self.matrices
+
+    @property
+    def working_bytes(self) -> int:
+        return _BUFFERS
+
+    def __str__(self) -> str:
+        return f"fp8 by {self.scheme}"
+
+
+@dataclass(frozen=True)
+class QuantizePlan:
+    """What will be written, and what is left as it is.
+
+    Attributes:
+        conversion: every tensor.
+        quantization: for config.json.
+        bytes_by_kind: of the output's tensors: "fp8", "scales", "kept".
+        tensors_quantized, tensors_kept: how many of the source's there are of each.
+        unfit: matrices that policy wants in FP8 but whose shape the format cannot scale.
+    """
+
+    conversion: ConversionPlan
+    quantization: QuantizationSpec
+    bytes_by_kind: Mapping[str, int]
+    tensors_quantized: int
+    tensors_kept: int
+    unfit: tuple[str, ...]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all tensors of the output."""
+        return sum(self.bytes_by_kind.values())
+
+    @property
+    def main_dtype(self) -> DType:
+        """What the embedding is stored in, and what config.json calls the type of the model."""
+        return next(target.dtype for target in self.conversion.tensors if target.name == EMBEDDING_NAME)
+
+
+def sources_of(spec: ModelSpec, dtype: DType) -> dict[Place, Source]:
+    """The sources of a model that exists on paper only (a preset)."""
+    return {place: Source(0, name, TensorInfo(dtype, place.shape)) for name, place in tensor_table(spec).items()}
+
+
+def plan_quantize(
+    spec: ModelSpec, sources: Mapping[Place, Source], scheme: Fp8Scheme, *, decoded: Collection[str] = ()
+) -> QuantizePlan:
+    """Plan the FP8 form of a model.
+
+    Args:
+        spec: of the model.
+        sources: where the values of each place are (`Parent.sources`).
+        scheme: what to write.
+        decoded: names of sources that are FP8 on disk and are given out in fp32; where they are kept, in bfloat16.
+    """
+    table = tensor_table(spec)
+    choice = choose(table, scheme)
+    kept = not_converted(table, [place for group in choice.groups for place in group])
+    quantization = QuantizationSpec(scheme=scheme, style=STYLE_OF[scheme], not_converted=kept)
+    names = {place: name for name, place in table.items()}
+    steps = [_to_fp8([(names[place], sources[place]) for place in group], quantization) for group in choice.groups]
+    written = {target.name for step in steps for target in step.targets}
+    for name, place in table.items():
+        if name not in written:
+            source = sources[place]
+            dtype = DType.BFLOAT16 if source.name in decoded else source.dtype
+            steps.append(Step(Copy(source), (Target(name, dtype, place.shape),)))
+    suffix = quantization.scale_suffix
+    order = [part for name in table for part in ((name, name + suffix) if name in written else (name,))]
+    return _counted(plan_of(steps, order), quantization, choice, len(table))
+
+
+def _to_fp8(group: Sequence[tuple[str, Source]], quantization: QuantizationSpec) -> Step:
+    targets = []
+    for i, (name, source) in enumerate(group):
+        shape = quantization.scale_shape(source.shape)
+        targets.append(Target(name, DType.FLOAT8_E4M3, source.shape, slot=2 * i))
+        targets.append(Target(name + quantization.scale_suffix, DType.FLOAT32, shape, slot=2 * i + 1))
+    names, matrices = zip(*group, strict=True)
+    return Step(ToFp8(matrices, names, quantization.scheme), tuple(targets))
+
+
+def _counted(plan: ConversionPlan, quantization: QuantizationSpec, choice: Choice, num_tensors: int) -> QuantizePlan:
+    sizes = {"fp8": 0, "scales": 0, "kept": 0}
+    for step in plan.steps:
+        for target in step.targets:
+            kind = "kept" if isinstance(step.operation, Copy) else "scales" if target.slot % 2 else "fp8"
+            sizes[kind] += target.num_bytes
+    count = sum(len(group) for group in choice.groups)
+    return QuantizePlan(plan, quantization, sizes, count, num_tensors - count, choice.unfit)

@@ -1,0 +1,163 @@
+"""`skymoe quantize`: choose, plan, round one matrix at a time, measure, publish.
+
+Each source tensor is read once; its codes are compared with it while both are in memory (the audit). Nothing is
+calibrated: weights need no data, and activations are rounded by the engine while it runs.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from torch import Tensor
+
+from skymoe.base.dtype import DType
+from skymoe.base.errors import ConfigError, FormatError
+from skymoe.base.files import resumable_directory
+from skymoe.convert.apply import Read, make_common
+from skymoe.convert.documents import write_documents, write_record
+from skymoe.convert.exactness import Exactness
+from skymoe.convert.identity import conversion_fingerprint
+from skymoe.convert.made import Made, record_parent
+from skymoe.convert.parents import Parent, open_parent
+from skymoe.convert.plan import Operation
+from skymoe.convert.receipt import Receipt, measure
+from skymoe.convert.replay import replay
+from skymoe.convert.result import Written, written
+from skymoe.model.save import write_json
+from skymoe.ops.fp8 import encode_scaled, largest, scales
+from skymoe.quantize import audit
+from skymoe.quantize.config import QuantizeConfig
+from skymoe.quantize.plan import QuantizePlan, ToFp8, plan_quantize, sources_of
+from skymoe.quantize.result import Counts, PlannedQuantize, QuantizeReport, TensorError
+from skymoe.quantize.words import remarks, summary
+from skymoe.spec.presets import PRESETS
+from skymoe.spec.quantization import FIELD, Fp8Scheme, write_quantization
+
+_PROMISE = Exactness(False, "the weights were rounded to FP8")
+
+
+def run(config: QuantizeConfig) -> QuantizeReport:
+    """Write `config.source` to `config.out` with FP8 weights.
+
+    Raises:
+        FormatError: the source is missing, broken, hostile or not supported, or holds NaN or infinity.
+        ConfigError: OUT exists, or no matrix can be FP8.
+        MachineError: no space, no permission.
+    """
+    assert config.out is not None
+    started, source = time.monotonic(), _directory(config)
+    with open_parent(source, decode_to=DType.FLOAT32) as parent:
+        plan = _plan(parent, config)
+        options = config.model_dump(mode="json", exclude={"source", "out", "overwrite", "dry_run"})
+        fingerprint = conversion_fingerprint(plan.conversion, [parent], options)
+        with resumable_directory(config.out, fingerprint, overwrite=config.overwrite) as staging:
+            errors = _write(plan, parent, staging, config)
+            receipt = measure(source, staging, _PROMISE, num_tokens=config.receipt_tokens, seed=config.seed)
+            made = Made(
+                command="quantize",
+                method=f"fp8 {config.scheme}",
+                parents=(record_parent(parent),),
+                summary=summary(plan, errors),
+                options=options,
+                seed=config.seed,
+                remarks=remarks(plan, parent.spec),
+            )
+            write_record(staging, parent.spec, made, receipt)
+        counts = _counts(plan, remarks(plan, parent.spec))
+    return _report(counts, errors, receipt, written(config.out, time.monotonic() - started))
+
+
+def dry_run(config: QuantizeConfig) -> PlannedQuantize:
+    """What `run` would do; `config.source` may be a preset.
+
+    Raises:
+        FormatError: neither a preset nor a readable model directory.
+    """
+    if config.source in PRESETS:
+        spec = PRESETS[config.source]
+        plan = plan_quantize(spec, sources_of(spec, DType.BFLOAT16), config.scheme)
+    else:
+        with open_parent(Path(config.source), decode_to=DType.FLOAT32) as parent:
+            spec, plan = parent.spec, _plan(parent, config)
+    return PlannedQuantize(**vars(_counts(plan, remarks(plan, spec))), plan=plan.conversion)
+
+
+def _directory(config: QuantizeConfig) -> Path:
+    source = Path(config.source)
+    if config.source in PRESETS and not source.is_dir():
+        what, hint = "a preset has no weights to quantize", "--dry-run tells what its FP8 form would take"
+        raise ConfigError(what, where=config.source, hint=hint)
+    if config.out is not None and source.resolve() == config.out.resolve():
+        raise ConfigError("the output is the source", where=config.out, hint="choose another directory")
+    return source
+
+
+def _plan(parent: Parent, config: QuantizeConfig) -> QuantizePlan:
+    plan = plan_quantize(parent.spec, parent.sources, config.scheme, decoded=parent.reader.scaled)
+    if not plan.tensors_quantized:
+        why = "every matrix has a side that is no multiple of 128"
+        hint = f"--scheme {Fp8Scheme.CHANNEL} takes any shape"
+        raise ConfigError("no matrix of this model can be FP8 by block", where=parent.directory, why=why, hint=hint)
+    return plan
+
+
+def _write(plan: QuantizePlan, parent: Parent, staging: Path, config: QuantizeConfig) -> tuple[TensorError, ...]:
+    """Weights, the documents that make them a model, the audit."""
+    found: dict[str, TensorError] = {}
+
+    def make(operation: Operation, read: Read) -> tuple[Tensor, ...]:
+        if not isinstance(operation, ToFp8):
+            return make_common(operation, read)
+        matrices = [read(source) for source in operation.matrices]
+        results: list[Tensor] = []
+        for name, matrix, scale in zip(operation.names, matrices, _scales(operation, matrices, parent), strict=True):
+            codes = encode_scaled(matrix, scale, operation.scheme)
+            found[name] = audit.measure_matrix(name, matrix, codes, scale, operation.scheme)
+            results += [codes, scale]
+        return tuple(results)
+
+    replay(plan.conversion, [parent], staging, make, name="quantize", max_shard_bytes=config.max_shard_bytes)
+    extra = {FIELD: write_quantization(plan.quantization)}
+    write_documents(staging, parent.spec, plan.main_dtype, [parent.directory], extra_config=extra)
+    errors = audit.complete(found, plan, parent, staging)
+    write_json(staging / audit.AUDIT_NAME, audit.as_json(errors, config.scheme))
+    return errors
+
+
+def _scales(operation: ToFp8, matrices: list[Tensor], parent: Parent) -> list[Tensor]:
+    """The scales of the matrices of a step; by tensor, the one that they share."""
+    found = []
+    for source, matrix in zip(operation.matrices, matrices, strict=True):
+        try:
+            found.append(scales(largest(matrix, operation.scheme)))
+        except ValueError as error:
+            raise FormatError(f"tensor {source} holds NaN or infinity", where=parent.directory) from error
+    return [max(found)] * len(found) if operation.scheme is Fp8Scheme.TENSOR else found
+
+
+def _counts(plan: QuantizePlan, told: tuple[str, ...]) -> Counts:
+    return Counts(
+        scheme=plan.quantization.scheme,
+        style=plan.quantization.style.value,
+        weight_bytes=plan.weight_bytes,
+        weight_bytes_by_kind=plan.bytes_by_kind,
+        tensors_quantized=plan.tensors_quantized,
+        tensors_kept=plan.tensors_kept,
+        unfit=plan.unfit,
+        remarks=told,
+    )
+
+
+def _report(counts: Counts, errors: tuple[TensorError, ...], receipt: Receipt, files: Written) -> QuantizeReport:
+    losses = receipt.reference_loss, receipt.loss
+    return QuantizeReport(
+        **vars(files),
+        **vars(counts),
+        mean_rms=audit.mean_rms(errors),
+        max_rms=max(error.rms for error in errors),
+        worst=audit.worst(errors),
+        max_abs_dlogit=receipt.max_abs_dlogit,
+        kl=receipt.kl,
+        loss_change=None if None in losses else losses[1] - losses[0],
+    )

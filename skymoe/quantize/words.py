@@ -1,0 +1,44 @@
+"""What the user should know of an FP8 model. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import fsum
+
+from skymoe.quantize.plan import QuantizePlan
+from skymoe.quantize.result import TensorError
+from skymoe.spec.model import Architecture, ModelSpec
+from skymoe.spec.quantization import Fp8Scheme
+
+_READERS = {
+    Fp8Scheme.BLOCK: "transformers (as bfloat16 where there is no GPU that computes in FP8), vLLM, SGLang",
+    Fp8Scheme.CHANNEL: "vLLM; transformers with the package compressed-tensors, which also rounds the activations",
+    Fp8Scheme.TENSOR: "vLLM; transformers does not read this form",
+}
+
+_SKYWORK = (Architecture.SKYWORK, Architecture.SKYWORK_MOE)
+_SKYWORK_READERS = "no class of transformers or vLLM has these names (the vLLM fork of 2024 reads `tensor`); export first"
+
+
+def remarks(plan: QuantizePlan, spec: ModelSpec) -> tuple[str, ...]:
+    """What is out of the ordinary, and who reads the result."""
+    scheme = plan.quantization.scheme
+    told = [f"read by {_READERS[scheme]}"] if spec.architecture not in _SKYWORK else [_SKYWORK_READERS]
+    if plan.unfit:
+        why = "a side that is no multiple of 128, which neither transformers nor vLLM can scale by block"
+        count, example = len(plan.unfit), plan.unfit[0]
+        told.append(f"{count} matrices stay as they are ({example}, ...): they, or one fused with them, have {why}")
+    if spec.architecture is Architecture.SKYMOE:
+        told.append("transformers: needs trust_remote_code (or `import skymoe`), and dequantize=True on a GPU")
+    return tuple(told)
+
+
+def summary(plan: QuantizePlan, errors: Sequence[TensorError]) -> str:
+    """Two sentences for the model card."""
+    mean = fsum(error.rms for error in errors) / len(errors)
+    done = f"{plan.tensors_quantized} matrices are e4m3 with one fp32 scale per {_GROUPS[plan.quantization.scheme]}"
+    kept = "routers, gates, norms, biases, embedding and head are as they were"
+    return f"{done}; {kept}. Rounding changed these matrices by {mean:.2%} in the root mean square (audit.json)."
+
+
+_GROUPS = {Fp8Scheme.BLOCK: "128 x 128 weights", Fp8Scheme.CHANNEL: "row", Fp8Scheme.TENSOR: "matrix or fused matrices"}
