@@ -41,21 +41,25 @@ class Progress(Protocol):
 
 
 @contextmanager
-def progress(description: str, total: float | None, unit: str = "") -> Iterator[Progress]:
-    """Show the progress of the work in the block.
+def progress(
+    description: str, total: float | None, unit: str = "", *, done: float = 0.0, speed: bool = False
+) -> Iterator[Progress]:
+    """Show the progress of the work in the block, and how long the rest will take.
 
     Args:
         description: a word or two.
         total: units in all; None when nobody knows.
-        unit: what one unit is, for the plain lines ("step", "MB").
+        unit: what one unit is ("step", "GB"), for the plain lines and for the speed.
+        done: units that were done before the block began; they say nothing about the speed.
+        speed: show units per second.
     """
     if not logger.isEnabledFor(logging.INFO):
         yield _Silent()
     elif sys.stderr.isatty():
         with _rich_progress() as bars:
-            yield _Bar(bars, description, total)
+            yield _Bar(bars, description, _Pace(total, done, unit if speed else ""))
     else:
-        lines = _Lines(description, total, unit)
+        lines = _Lines(description, unit, _Pace(total, done, unit if speed else ""))
         yield lines
         lines.finish()
 
@@ -77,6 +81,28 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
+class _Pace:
+    """How much is done, how fast, and how long the rest will take at that speed."""
+
+    def __init__(self, total: float | None, done: float, unit: str) -> None:
+        self.total, self.done = total, done
+        self._unit, self._before, self._start = unit, done, time.monotonic()
+
+    def seconds(self) -> float:
+        return time.monotonic() - self._start
+
+    def speed(self) -> str:
+        """`0.412 GB/s`; empty when nobody wants to see it, or nothing is done yet."""
+        rate = (self.done - self._before) / max(self.seconds(), 1e-6)
+        return f"{rate:.3g} {self._unit}/s" if self._unit and rate else ""
+
+    def left(self) -> str:
+        """`12 s left`; empty when nobody knows, or nothing is left."""
+        if not self.total or not self._before < self.done < self.total:
+            return ""
+        return f"{_duration(self.seconds() * (self.total - self.done) / (self.done - self._before))} left"
+
+
 class _Silent:
     def advance(self, n: float = 1, /, **fields: object) -> None:
         pass
@@ -88,17 +114,18 @@ class _Silent:
 class _Bar:
     """One row of a rich display."""
 
-    def __init__(self, bars: RichProgress, description: str, total: float | None) -> None:
-        self._bars, self._fields = bars, dict[str, object]()
-        self._task = bars.add_task(escape(description), total=total, shown="")
+    def __init__(self, bars: RichProgress, description: str, pace: _Pace) -> None:
+        self._bars, self._pace, self._fields = bars, pace, dict[str, object]()
+        self._task = bars.add_task(escape(description), total=pace.total, completed=int(pace.done), shown="", pace=pace)
 
     def advance(self, n: float = 1, /, **fields: object) -> None:
-        self._bars.advance(self._task, n)
+        self._pace.done += n
         self.status(**fields)
 
     def status(self, **fields: object) -> None:
         self._fields |= fields
-        self._bars.update(self._task, shown=escape(render_fields(self._fields)))
+        shown = escape(render_fields(self._fields))
+        self._bars.update(self._task, completed=self._pace.done, shown=shown)
 
 
 class _Count(ProgressColumn):
@@ -108,6 +135,14 @@ class _Count(ProgressColumn):
         return Text(_count(task.completed, task.total), style="progress.percentage")
 
 
+class _PaceColumn(ProgressColumn):
+    """`0.412 GB/s 12 s left`."""
+
+    def render(self, task: Task) -> Text:
+        pace = task.fields["pace"]
+        return Text(" ".join(part for part in (pace.speed(), pace.left()) if part), style="progress.remaining")
+
+
 def _rich_progress() -> RichProgress:
     columns = (
         SpinnerColumn(finished_text="[green]✓[/]"),
@@ -115,6 +150,7 @@ def _rich_progress() -> RichProgress:
         BarColumn(bar_width=24),
         _Count(),
         TimeElapsedColumn(),
+        _PaceColumn(),
         TextColumn("[dim]{task.fields[shown]}"),
     )
     # Standard output may be a pipe that carries data: rich must not wrap it.
@@ -124,15 +160,14 @@ def _rich_progress() -> RichProgress:
 class _Lines:
     """Plain lines for logs, at most one every few seconds."""
 
-    def __init__(self, description: str, total: float | None, unit: str) -> None:
-        self._description, self._total, self._unit = description, total, unit
-        self._done = 0.0
+    def __init__(self, description: str, unit: str, pace: _Pace) -> None:
+        self._description, self._unit, self._pace = description, unit, pace
         self._fields: dict[str, object] = {}
         self._printed: tuple[float, dict[str, object]] | None = None
-        self._start = self._last_line = time.monotonic()
+        self._last_line = time.monotonic()
 
     def advance(self, n: float = 1, /, **fields: object) -> None:
-        self._done += n
+        self._pace.done += n
         self.status(**fields)
 
     def status(self, **fields: object) -> None:
@@ -146,16 +181,13 @@ class _Lines:
         self._print()
 
     def _print(self) -> None:
-        state = self._done, dict(self._fields)
+        state = self._pace.done, dict(self._fields)
         if state != self._printed:
             self._printed = state
             logger.info(self._line())
 
     def _line(self) -> str:
-        seconds = time.monotonic() - self._start
-        parts = [f"{self._description}: {_count(self._done, self._total)} {self._unit}".rstrip(), _duration(seconds)]
-        if self._total and 0 < self._done < self._total:
-            parts.append(f"{_duration(seconds * (self._total / self._done - 1))} left")
-        if self._fields:
-            parts.append(render_fields(self._fields))
-        return ", ".join(parts)
+        count = f"{self._description}: {_count(self._pace.done, self._pace.total)} {self._unit}".rstrip()
+        fields = render_fields(self._fields)
+        parts = (count, _duration(self._pace.seconds()), self._pace.speed(), self._pace.left(), fields)
+        return ", ".join(part for part in parts if part)

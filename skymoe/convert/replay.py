@@ -1,23 +1,23 @@
 """Do a plan: read, make, write, forget; one step at a time.
 
 Memory is bounded by the largest step (`ConversionPlan.peak_bytes`), whatever the size of the model. The order of the
-plan finishes one shard after another, and a finished shard stays finished: a run that was killed goes on with the
-first shard that is not.
+plan finishes one shard after another, and a finished shard stays finished: in the directory that a killed run left,
+steps whose targets are all there are skipped, and their sources are not read.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from skymoe.base.progress import progress
+from skymoe.base.log import logger
+from skymoe.base.progress import Progress, progress
 from skymoe.convert.apply import Make
 from skymoe.convert.parents import Parent
-from skymoe.convert.plan import ConversionPlan, Source, Target
+from skymoe.convert.plan import ConversionPlan, Operation, Source, Target
 from skymoe.weights.buffers import torch_dtype
 from skymoe.weights.writer import DEFAULT_SHARD_BYTES, ShardedWriter
 
@@ -50,19 +50,30 @@ def replay(
     """
     tensors = [(target.name, target.dtype, target.shape) for target in plan.tensors]
     writer = ShardedWriter(directory, tensors, max_shard_bytes=max_shard_bytes, resume=True)
-    started, done = time.monotonic(), 0
-    with writer, progress(name, plan.bytes_written / 1e9, "GB") as bar:
+    kept = sum(target.num_bytes for target in plan.tensors if target.name in writer.done)
+    if kept:
+        logger.info("%s: %.2f GB were written by an earlier run and are kept", name, kept / 1e9)
+    with writer, progress(name, plan.bytes_written / 1e9, "GB", done=kept / 1e9, speed=True) as bar:
         for step in plan.steps:
             targets = [target for target in step.targets if target.name not in writer.done]
-            if not targets:
-                continue
-            results = make(step.operation, lambda source: read_source(parents, source))
-            for target in targets:
-                writer.add(target.name, _as_planned(results[target.slot], target))
-                done += target.num_bytes
-                speed = done / 1e9 / max(time.monotonic() - started, 1e-6)
-                bar.advance(target.num_bytes / 1e9, GB_per_s=speed)
+            if targets:
+                _do(step.operation, targets, parents, make, writer, bar)
     return writer.finish()
+
+
+def _do(
+    operation: Operation,
+    targets: Sequence[Target],
+    parents: Sequence[Parent],
+    make: Make,
+    writer: ShardedWriter,
+    bar: Progress,
+) -> None:
+    """One step; its tensors are gone when it returns."""
+    results = make(operation, lambda source: read_source(parents, source))
+    for target in targets:
+        writer.add(target.name, _as_planned(results[target.slot], target))
+        bar.advance(target.num_bytes / 1e9)
 
 
 def read_source(parents: Sequence[Parent], source: Source) -> Tensor:

@@ -45,6 +45,23 @@ def test_few_lines_and_one_at_the_end(capsys: pytest.CaptureFixture[str]) -> Non
     assert capsys.readouterr().err == "read: 500 MB, 0 s\n"
 
 
+def test_speed_and_time_left_are_those_of_this_run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """8 of 10 GB lay there before: one more in 2 s is 0.5 GB/s and leaves 2 s, not a quarter of a second."""
+    setup_logging()
+    now = 100.0
+    monkeypatch.setattr(module.time, "monotonic", lambda: now)
+    with progress("copy", total=10, unit="GB", done=8, speed=True) as bar:
+        now += 2.0
+        bar.advance(1)
+        now += 7.0
+        bar.advance(0.5)
+        bar.advance(0.5)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["copy: 9.5/10 GB, 9 s, 0.167 GB/s, 3 s left", "copy: 10/10 GB, 9 s, 0.222 GB/s"]
+
+
 @pytest.mark.parametrize(
     ("done", "total", "shown"),
     [(0, 3, "0/3"), (1e6, 2e6, "1,000,000/2,000,000"), (0.25, 20.9925, "0.2/21.0"), (7, None, "7")],
@@ -80,6 +97,21 @@ def test_a_terminal_gets_a_bar_and_log_lines_stay_whole(monkeypatch: pytest.Monk
     assert "1/2" in shown
     assert "loss 0.25" in shown
     assert any(line.strip().endswith("a line of the log") for line in shown.splitlines())
+
+
+def test_a_terminal_shows_speed_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "140")
+    setup_logging()
+    with progress("copy", total=10, unit="GB", done=4, speed=True) as bar:
+        module.time.sleep(0.02)
+        bar.advance(3)
+        module.time.sleep(0.3)  # the display is drawn four times a second
+    shown = terminal.getvalue()
+    assert "7/10" in shown
+    assert " GB/s 0 s left" in shown
 
 
 def test_an_error_passes_through() -> None:
