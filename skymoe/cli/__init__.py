@@ -43,6 +43,7 @@ for command in (
     jobs.demo,
     convert.upcycle,
     convert.export,
+    convert.quantize,
     convert.merge_check,
     jobs.train,
     jobs.generate,

@@ -83,6 +83,37 @@ def export(
     print_json(result) if as_json else show(result, standard_output())
 
 
+def quantize(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A model directory; with --dry-run also a preset.")],
+    out: Annotated[Path | None, typer.Argument(metavar="OUT", help="Directory to create.")] = None,
+    scheme: Annotated[str | None, typer.Option(help="block, channel or tensor: which weights share a scale.")] = None,
+    dry_run: Annotated[bool | None, typer.Option("--dry-run", help="Print every tensor; write nothing.")] = None,
+    overwrite: Annotated[bool | None, typer.Option("--overwrite", help="Replace OUT when it exists.")] = None,
+    seed: Seed = None,
+    extra: Extra = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Round a model's matrices to FP8 (e4m3), with an audit of what that changed."""
+    from skymoe.base.config import check_config
+    from skymoe.cli.console import print_json, standard_output
+    from skymoe.quantize.config import QuantizeConfig
+
+    options = given(source=source, out=out, scheme=scheme, dry_run=dry_run, overwrite=overwrite, seed=seed)
+    config = check_config(QuantizeConfig, options, extra or ())
+    from skymoe.quantize.run import dry_run as plan
+    from skymoe.quantize.run import run
+    from skymoe.quantize.table import show, show_plan
+
+    if config.dry_run:
+        planned = plan(config)
+        print_json(planned.as_json()) if as_json else show_plan(planned, standard_output())
+        return
+    result = run(config)
+    print_json(result) if as_json else show(result, standard_output())
+
+
 def merge_check(
     left: Annotated[Path, typer.Argument(metavar="A", help="A model, a Hugging Face directory.")],
     right: Annotated[Path, typer.Argument(metavar="B", help="The same.")],
