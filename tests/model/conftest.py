@@ -86,8 +86,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "moe": MoESpec(num_experts=3, top_k=2, ffn_size=8, shared_ffn_size=9, expert_bias=True),
         "moe_layers": (0, 2),
         "sliding_window": 3,
-        "sliding_layers": (1, 2),
+        "sliding_layers": (0, 2),
     },
+    "moe, q/k norm over all heads": {"moe": MOE, "qk_norm": QkNorm.FULL},
 }
 
 

@@ -15,7 +15,7 @@ from skymoe.model.load import load
 from skymoe.model.save import save_pretrained
 from skymoe.model.transformer import Transformer
 from skymoe.spec.hf import spec_from_directory
-from skymoe.spec.model import Architecture, GateNormSpec, ModelSpec, MoESpec
+from skymoe.spec.model import Architecture, GateNormSpec, ModelSpec, MoESpec, QkNorm, RopeScaling, RopeSpec
 
 TOKENS = torch.arange(2 * 23).view(2, 23) * 7 % 83
 PLAIN = ModelSpec(
@@ -33,6 +33,7 @@ PLAIN = ModelSpec(
 )
 MOE = MoESpec(num_experts=5, top_k=2, ffn_size=28, gate_norm=GateNormSpec())
 SKYMOE = replace(PLAIN, architecture=Architecture.SKYMOE, moe=MOE)
+NATIVE = replace(MOE, gate_norm=None)
 
 
 def random_model(spec: ModelSpec) -> Transformer:
@@ -56,6 +57,34 @@ def test_native_directories_survive_load_and_save(model_type, oracle, tmp_path):
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert spec_from_directory(out) == spec_from_directory(path)
     torch.testing.assert_close(oracle.logits(out, TOKENS), oracle.logits(path, TOKENS), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        replace(PLAIN, rope=RopeSpec(theta=500.0, scaling=RopeScaling.YARN, factor=4.0, original_max_position=8)),
+        replace(PLAIN, architecture=Architecture.QWEN2, qkv_bias=True, sliding_window=4, sliding_layers=(0, 2)),
+        replace(PLAIN, architecture=Architecture.MIXTRAL, moe=NATIVE, sliding_window=6),
+        replace(
+            PLAIN,
+            architecture=Architecture.QWEN2_MOE,
+            moe=replace(NATIVE, shared_ffn_size=7, norm_topk=False),
+            moe_layers=(1, 2),
+            sliding_window=4,
+            sliding_layers=(1,),
+        ),
+        replace(PLAIN, architecture=Architecture.QWEN3_MOE, qk_norm=QkNorm.HEAD, moe=NATIVE, moe_layers=(0,)),
+        replace(PLAIN, architecture=Architecture.OLMOE, head_dim=6, qk_norm=QkNorm.FULL, moe=NATIVE),
+    ],
+    ids=lambda spec: spec.architecture.value,
+)
+def test_native_files_of_odd_shapes_load_in_transformers(spec, oracle, tmp_path):
+    model = random_model(spec)
+    out = save_pretrained(model, tmp_path / "out")
+    theirs = oracle.logits(out, TOKENS)
+    assert theirs.abs().max() > 0.5
+    with torch.no_grad():
+        torch.testing.assert_close(model(TOKENS), theirs, rtol=0, atol=1e-4)
 
 
 def test_dtype_and_documents(tmp_path):

@@ -74,8 +74,11 @@ def plain_forward(model: Transformer, tokens_T: Tensor) -> Tensor:
     for layer in range(spec.num_layers):
         name = f"layers.{layer}"
         h = norm(x, f"{name}.attention_norm.weight")
-        heads = [project(h, f"{name}.attention.{p}").unflatten(-1, (-1, spec.head_dim)) for p in "qkv"]
-        if spec.qk_norm:
+        heads = [project(h, f"{name}.attention.{p}") for p in "qkv"]
+        if spec.qk_norm is QkNorm.FULL:
+            heads[:2] = [norm(y, f"{name}.attention.{p}_norm.weight") for y, p in zip(heads, "qk", strict=False)]
+        heads = [y.unflatten(-1, (-1, spec.head_dim)) for y in heads]
+        if spec.qk_norm is QkNorm.HEAD:
             heads[:2] = [norm(y, f"{name}.attention.{p}_norm.weight") for y, p in zip(heads, "qk", strict=False)]
         q, k, v = (y.transpose(0, 1)[None] for y in (rotate(heads[0]), rotate(heads[1]), heads[2]))
         y = reference_attention(q, k, v, attention_mask(len(x), len(x), window=spec.window(layer)))

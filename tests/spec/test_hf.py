@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from skymoe.base.errors import ConfigError, FormatError
 from skymoe.spec.hf import config_from_spec, generation_config, read_config, spec_from_config, unread_fields
-from skymoe.spec.hf_families import carried, uncarried
+from skymoe.spec.hf_families import FAMILIES, carried, uncarried
 from skymoe.spec.model import Architecture, GateNormSpec, ModelSpec, MoESpec, QkNorm, RopeScaling, RopeSpec
 from skymoe.spec.presets import PRESETS
 
@@ -384,12 +384,13 @@ JUNK = st.recursive(
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     base=st.sampled_from([LLAMA, MIXTRAL, SKYWORK, QWEN2, *map(config_from_spec, (ODD, PRESETS["skywork-moe"]))]),
-    model_type=st.sampled_from(["llama", "mixtral", "qwen2_moe", "qwen3_moe", "skymoe", "skywork", "qwen2", "mistral"]),
+    model_type=st.sampled_from(sorted({family.model_type for family in FAMILIES.values()})),
     data=st.data(),
 )
 def test_any_junk_gives_a_spec_or_a_format_error(base, model_type, data):
     config = dict(base) | {"model_type": model_type, "num_experts": 4, "moe_intermediate_size": 8}
-    more = ("layer_types", "sliding_window", "mlp_only_layers", "use_sliding_window", "moe_layers")
+    more = ("layer_types", "sliding_window", "mlp_only_layers", "use_sliding_window", "moe_layers", "max_window_layers",
+            "qk_norm", "clip_qkv", "router_aux_loss_coef", "output_router_logits", "bos_token_id")  # fmt: skip
     names = st.sampled_from(sorted({*config, *ROPE_KEYS, *more}))
     config |= data.draw(st.dictionaries(names, JUNK, max_size=4))
     try:
@@ -398,4 +399,6 @@ def test_any_junk_gives_a_spec_or_a_format_error(base, model_type, data):
         assert "config.json" in str(error)
         assert len(str(error)) < 3000
         return
-    assert carried(spec)[0].num_layers == spec.num_layers
+    target, _ = carried(spec)
+    assert round_trip(target) == target
+    assert len(json.dumps(unread_fields(config))) < 100_000
