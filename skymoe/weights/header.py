@@ -205,10 +205,10 @@ def _read_header(file: FileIO, path: Path) -> Header:
         raise FormatError("the file is cut off", where=path, why=f"{size} bytes do not even hold the header")
     if length > MAX_HEADER_BYTES:
         raise FormatError(f"the header claims {length} bytes", where=path, why=f"the limit is {MAX_HEADER_BYTES}")
-    raw = file.read(length) or b""
-    if not raw.startswith(b"{"):
+    first = file.read(min(length, 1)) or b""
+    if first != b"{":  # before the rest is read
         raise FormatError("this is not a safetensors file", where=path, why="its header does not begin with '{'")
-    fields = cast("dict[str, object]", parse_json(raw, where=path))
+    fields = cast("dict[str, object]", parse_json(first + (file.read(length - 1) or b""), where=path))
     metadata = _metadata(fields.pop("__metadata__", {}), path)
     entries = {name: _entry(name, value, path) for name, value in fields.items()}
     order = sorted(entries, key=lambda name: (entries[name][1], entries[name][2]))
