@@ -89,7 +89,7 @@ def imported(path: Path) -> set[str]:
 
 
 def test_transformers_is_imported_on_the_roof_only() -> None:
-    """The contract of pyproject.toml does not see `hf_model`, which is no package. Only `import skymoe` opens the roof."""
+    """The contract of pyproject.toml does not see `hf_model`, which is no package. Only `import skymoe` opens it."""
     users = {
         path.relative_to(PACKAGE).parts[0] for path in SOURCES if any(_is_of(m, "transformers") for m in imported(path))
     }

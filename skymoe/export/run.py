@@ -18,9 +18,11 @@ from skymoe.base.dtype import DType
 from skymoe.base.errors import ConfigError
 from skymoe.base.files import resumable_directory
 from skymoe.convert.apply import Read, make_common
+from skymoe.convert.documents import write_documents, write_record
 from skymoe.convert.exactness import Exactness
 from skymoe.convert.forms import Form, Unused
 from skymoe.convert.identity import conversion_fingerprint
+from skymoe.convert.made import Made, record_parent
 from skymoe.convert.parents import Parent, open_parent
 from skymoe.convert.plan import ConversionPlan, Operation
 from skymoe.convert.receipt import Receipt, measure
@@ -32,10 +34,9 @@ from skymoe.export.plan import FoldedRouter, plan_export
 from skymoe.export.result import ExportReport, Fold, PlannedExport
 from skymoe.export.target import needs_values, remarks, target_form
 from skymoe.export.unused import find_unused
-from skymoe.model.save import write_documents, write_json
-from skymoe.spec.flops import count_parameters
+from skymoe.model.save import write_json
 
-RECEIPT_NAME = "receipt.json"
+FOLD_NAME = "fold.json"
 
 
 def run(config: ExportConfig) -> ExportReport:
@@ -53,16 +54,16 @@ def run(config: ExportConfig) -> ExportReport:
         fitted = fit(parent, config) if form.folded else None
         factors = fitted.temperatures if fitted else None
         plan = plan_export(parent.sources, form.spec, dtype=config.dtype, factors=factors)
-        options = config.model_dump(mode="json", exclude={"source", "out", "overwrite", "text"})
+        options = config.model_dump(mode="json", exclude={"source", "out", "text", "overwrite", "dry_run"})
         fingerprint = conversion_fingerprint(plan, [parent], options)
         with resumable_directory(config.out, fingerprint, overwrite=config.overwrite) as staging:
             replay(plan, [parent], staging, _make, name="export", max_shard_bytes=config.max_shard_bytes)
-            write_documents(
-                staging, form.spec, _main_dtype(plan), source=config.source, provenance=_provenance(parent, config)
-            )
+            write_documents(staging, form.spec, _main_dtype(plan), [config.source])
             fold = _accepted(fitted, staging, config) if fitted else None
             receipt = _receipt(parent, plan, form, staging, config)
-            write_json(staging / RECEIPT_NAME, asdict(receipt) | ({"fold": asdict(fold)} if fold else {}))
+            write_record(staging, form.spec, _made(parent, form, options, fold), receipt)
+            if fold is not None:
+                write_json(staging / FOLD_NAME, asdict(fold))
     return _report(config, parent, form, receipt, fold, time.monotonic() - started)
 
 
@@ -136,10 +137,19 @@ def _receipt(parent: Parent, plan: ConversionPlan, form: Form, staging: Path, co
     )
 
 
-def _provenance(parent: Parent, config: ExportConfig) -> Mapping[str, Any]:
-    options = config.model_dump(mode="json", exclude={"source", "out", "overwrite", "max_shard_bytes", "text"})
-    source = {"architecture": parent.spec.architecture.value, "parameters": count_parameters(parent.spec).total}
-    return {"made_by": "export", "parent": source, "options": options}
+def _made(parent: Parent, form: Form, options: Mapping[str, Any], fold: Fold | None) -> Made:
+    told = [*form.adapters, *remarks(form.spec)]
+    if fold is not None:
+        change = f"perplexity {fold.perplexity_before:.4g} -> {fold.perplexity_after:.4g}"
+        told.append(f"on {fold.held_out_tokens} held-out tokens: KL {fold.kl:.3g} nats per token, {change}")
+    return Made(
+        command="export",
+        method=f"{parent.spec.architecture} to {form.spec.architecture}",
+        parents=(record_parent(parent),),
+        summary=_promise(form).reason,
+        options=options,
+        remarks=tuple(told),
+    )
 
 
 def _main_dtype(plan: ConversionPlan) -> DType:

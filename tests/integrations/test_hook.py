@@ -26,9 +26,11 @@ MORE_ORDERS = [
     "import transformers, skymoe",
     "from transformers import AutoModelForCausalLM; import skymoe",
     "import skymoe, importlib; importlib.reload(skymoe)",
+    "import skymoe.integrations.transformers as t, importlib; t.register_config(); importlib.reload(t); t.register()",
+    "import skymoe, transformers.models.auto.modeling_auto",
     "from transformers.models.auto import modeling_auto; import skymoe, importlib; importlib.reload(modeling_auto)",
     "import skymoe.integrations.hook as hook, importlib; importlib.reload(hook); hook.install(); hook.install()",
-    "import transformers.models.auto.modeling_auto as m; import skymoe.integrations.transformers as t; t.register()",
+    "from skymoe.integrations.transformers import register; register(); register()",
 ]
 
 
@@ -46,7 +48,7 @@ def run(code: str, *arguments: object, check: bool = True, **env: str) -> subpro
     [
         "import skymoe",
         "from transformers import AutoConfig; import skymoe",
-        "from skymoe.integrations.transformers import register; register(); register()",
+        "import skymoe; from transformers import LlamaForCausalLM",  # in the middle of which the auto classes load
         *[pytest.param(order, marks=pytest.mark.slow) for order in MORE_ORDERS],
     ],
 )
@@ -60,13 +62,13 @@ def test_import_skymoe_loads_nothing_and_leaves_the_loader_as_it_was():
 import sys
 import skymoe
 assert not [name for name in sys.modules if name.split(".")[0] in ("transformers", "torch")]
-assert sum(type(finder).__name__ == "_Finder" for finder in sys.meta_path) == 1
+assert sum(type(finder).__name__ == "_SkymoeFinder" for finder in sys.meta_path) == 1
 from transformers.models.auto import configuration_auto as module
 usual = type(sys.modules["transformers.configuration_utils"].__loader__)
 assert type(module.__loader__) is type(module.__spec__.loader) is usual
 import inspect
 assert "class AutoConfig" in inspect.getsource(module)
-assert "transformers.models.qwen2_moe.modeling_qwen2_moe" not in sys.modules  # models are registered with the models
+assert "transformers.models.qwen2_moe.modeling_qwen2_moe" not in sys.modules  # models come with the first config
 """)
 
 
