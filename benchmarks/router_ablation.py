@@ -40,7 +40,7 @@ def run_all(demo: Path, steps: int, seed: int) -> dict[str, list[dict[str, Any]]
     for gate, norm in GATES.items():
         start = root / gate
         if not start.exists():
-            upcycle(UpcycleConfig(source=demo / "dense-pretrain" / "model", out=start, gate_norm=norm, seed=seed))
+            upcycle(UpcycleConfig(sources=(demo / "dense-pretrain" / "model",), out=start, gate_norm=norm, seed=seed))
         for balance, options in BALANCES.items():
             directory = root / f"{gate}-{balance}"
             train(read_config(TrainConfig, RECIPE, _overrides(demo, start, directory, steps, seed) + options))

@@ -11,13 +11,22 @@ from skymoe.cli.options import AsJson, Extra, Quiet, Seed, Verbose, given
 
 
 def upcycle(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="A dense model, a Hugging Face directory.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to create.")],
-    method: Annotated[str | None, typer.Option(help="How the experts are made.")] = None,
+    paths: Annotated[
+        list[Path],
+        typer.Argument(metavar="SRC... OUT", help="The model (or several), and the directory to create."),
+    ],
+    method: Annotated[
+        str | None, typer.Option(help="copy, drop, noise, virtual_group, specialists, partition or duplicate.")
+    ] = None,
     experts: Annotated[int | None, typer.Option(help="Experts per layer.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Experts per token.")] = None,
+    granularity: Annotated[int | None, typer.Option(help="virtual_group: shards per feed-forward.")] = None,
+    expansion: Annotated[int | None, typer.Option(help="virtual_group: experts of each shard.")] = None,
+    ratio: Annotated[float | None, typer.Option(help="drop: share of the neurons that are drawn anew.")] = None,
     gate_norm: Annotated[bool | None, typer.Option(help="Gating logit normalization (Skywork-MoE Eq. 6).")] = None,
+    preset: Annotated[str | None, typer.Option(help="skywork or portable; what is given beside it wins.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Of the new weights; that of SRC if not given.")] = None,
+    dry_run: Annotated[bool | None, typer.Option("--dry-run", help="Print every tensor; write nothing.")] = None,
     overwrite: Annotated[bool | None, typer.Option("--overwrite", help="Replace OUT when it exists.")] = None,
     seed: Seed = None,
     extra: Extra = None,
@@ -25,20 +34,33 @@ def upcycle(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Turn a dense model into a mixture of experts, with a receipt of how exactly it computes the same."""
+    """Turn a dense model into a mixture of experts, or a mixture into a larger one, with a receipt of how exactly it
+    computes the same.
+    """
     from skymoe.base.config import check_config
-    from skymoe.cli.console import print_json, print_report
+    from skymoe.base.errors import ConfigError
+    from skymoe.cli.console import print_json, standard_output
     from skymoe.upcycle.config import UpcycleConfig
 
+    *sources, out = paths
+    if not sources:
+        raise ConfigError("the directory to create is missing", hint="skymoe upcycle SRC OUT")
     options = given(
-        source=source, out=out, method=method, experts=experts, top_k=top_k, gate_norm=gate_norm, dtype=dtype,
-        overwrite=overwrite, seed=seed,
+        sources=[str(source) for source in sources], out=out, method=method, experts=experts, top_k=top_k,
+        granularity=granularity, expansion=expansion, ratio=ratio, gate_norm=gate_norm, preset=preset, dtype=dtype,
+        dry_run=dry_run, overwrite=overwrite, seed=seed,
     )  # fmt: skip
     config = check_config(UpcycleConfig, options, extra or ())
+    from skymoe.upcycle.run import dry_run as plan
     from skymoe.upcycle.run import run
+    from skymoe.upcycle.table import show, show_plan
 
+    if config.dry_run:
+        planned = plan(config)
+        print_json(planned.as_json()) if as_json else show_plan(planned, standard_output())
+        return
     result = run(config)
-    print_json(result) if as_json else print_report(result)
+    print_json(result) if as_json else show(result, standard_output())
 
 
 def export(

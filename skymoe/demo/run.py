@@ -118,7 +118,7 @@ def _work(config: DemoConfig, places: Places, scale: Scale, clock: _Clock) -> _R
         if not places.upcycled.exists():
             upcycle(
                 UpcycleConfig(
-                    source=parent_model, out=places.upcycled, experts=EXPERTS, top_k=TOP_K, gate_norm=True,
+                    sources=(parent_model,), out=places.upcycled, experts=EXPERTS, top_k=TOP_K, gate_norm=True,
                     seed=config.seed,
                 )
             )  # fmt: skip

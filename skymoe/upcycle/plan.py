@@ -1,137 +1,166 @@
-"""The conversion as data: which tensor of the source becomes which tensors of the output. No torch.
+"""The conversion as data: every tensor of the output and what makes it. No torch.
 
-Each source tensor appears once, so it is read once, however many experts it becomes; execution (`run.py`) only
-replays the list. Memory is bounded by one tensor because no step needs two.
+The table of the output's names (`weights.names`) is walked once, and each place is given an operation. Equal operations
+become one step, so that a dense matrix that turns into eight equal experts is read once and written eight times.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 
 from skymoe.base.dtype import DType
+from skymoe.convert.exactness import Exactness
+from skymoe.convert.plan import ConversionPlan, Copy, Operation, Step, Target, Zeros, plan_of
 from skymoe.spec.model import ModelSpec
-from skymoe.weights.header import TensorInfo
-from skymoe.weights.names import Place, file_names, tensor_table
-
-
-class Operation(StrEnum):
-    """What is done to make the target."""
-
-    COPY = "copy"
-    NORMAL = "normal"  # random, seeded by the parameter's name
-    ZEROS = "zeros"
+from skymoe.upcycle.blueprint import Blueprint, draw_blueprint
+from skymoe.upcycle.config import Method, Rest, RouterInit, UpcycleConfig
+from skymoe.upcycle.exactness import promise
+from skymoe.upcycle.methods import Expert, Made, Matrix, Sources, make_expert, shared_expert
+from skymoe.upcycle.operations import Average, Centroids, CloneRows, Random
+from skymoe.upcycle.target import target_spec
+from skymoe.weights.names import Place, tensor_table
 
 
 @dataclass(frozen=True)
-class Step:
-    """One tensor in (or made), one or more tensors out.
+class Conversion:
+    """All that is decided before a tensor moves.
 
     Attributes:
-        source: file name in the source; empty when the tensor is made.
-        operation: what is done.
-        targets: file names in the output.
-        parameter: module name of the (first) target; it seeds random values.
-        shape, dtype: of each target.
+        base, target: the first source and the output.
+        blueprint: the request with nothing left open.
+        plan: every tensor.
+        promise: whether the output computes what the base does, and why.
+        remarks: what the user should know.
     """
 
-    source: str
-    operation: Operation
-    targets: tuple[str, ...]
-    parameter: str
-    shape: tuple[int, ...]
-    dtype: DType
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of one target."""
-        return TensorInfo(self.dtype, self.shape).num_bytes
-
-    def __str__(self) -> str:
-        first, count = self.targets[0], len(self.targets)
-        target = first if count == 1 else f"{first} and {count - 1} more experts"
-        shape = "x".join(map(str, self.shape))
-        return f"{self.operation:<6} {self.source or '-':<56} -> {target}  [{shape} {self.dtype}]"
-
-
-@dataclass(frozen=True)
-class UpcyclePlan:
-    """All steps, and the output's tensors in file order.
-
-    Attributes:
-        dense, target: the two models.
-        steps: in the order of the source.
-        tensors: (name, dtype, shape) of every output tensor, in file order.
-    """
-
-    dense: ModelSpec
+    base: ModelSpec
     target: ModelSpec
-    steps: tuple[Step, ...]
-    tensors: tuple[tuple[str, DType, tuple[int, ...]], ...]
-
-    @property
-    def bytes_read(self) -> int:
-        """Bytes of all source tensors, at the output's dtype."""
-        return sum(step.num_bytes for step in self.steps if step.source)
-
-    @property
-    def bytes_written(self) -> int:
-        """Bytes of all output tensors."""
-        return sum(step.num_bytes * len(step.targets) for step in self.steps)
-
-    def __str__(self) -> str:
-        """The steps outside the layers and those of layer 0, and the totals."""
-        lines = [str(step) for step in self.steps if not _of_later_layer(step)]
-        totals = f"{len(self.steps)} steps, {len(self.tensors)} tensors"
-        sizes = f"{self.bytes_read / 1e9:.2f} GB read, {self.bytes_written / 1e9:.2f} GB written"
-        rest = f"... and so on for {self.dense.num_layers} layers" if self.dense.num_layers > 1 else ""
-        return "\n".join([*lines, *([rest] if rest else []), f"{totals}: {sizes}"])
+    blueprint: Blueprint
+    plan: ConversionPlan
+    promise: Exactness
+    remarks: tuple[str, ...]
 
 
-def plan_copy(
-    dense: ModelSpec, target: ModelSpec, tensors: Mapping[str, TensorInfo], dtype: DType | None = None
-) -> UpcyclePlan:
-    """Plan method `copy`.
+def plan_conversion(
+    config: UpcycleConfig,
+    specs: Sequence[ModelSpec],
+    sources: Sequence[Sources],
+    *,
+    text: str = "",
+    remarks: tuple[str, ...] = (),
+) -> Conversion:
+    """Decide everything.
 
     Args:
-        dense: spec of the source.
-        target: spec of the output, of the same attention and embedding.
-        tensors: the source's tensors; their dtypes are kept unless `dtype` is given.
-        dtype: of every output tensor.
+        config: the request.
+        specs, sources: of each parent: what it is, and where its tensors are, by hub place.
+        text: SHA-256 of the tokens for `router_init=centroids`.
+        remarks: what is known already, of the sources.
+
+    Raises:
+        ConfigError: the request cannot be met.
     """
-    source_names = {place.parameter: name for place, name in file_names(dense).items()}
-    router_dtype = dtype or tensors[source_names["embed.weight"]].dtype
-    steps: dict[str, Step] = {}
-    planned = []
-    for name, place in tensor_table(target).items():
-        source = source_names.get(_origin(place), "")
-        kept = dtype or (tensors[source].dtype if source else router_dtype)
-        planned.append((name, kept, place.shape))
-        if source and source in steps:
-            old = steps[source]
-            steps[source] = Step(source, old.operation, (*old.targets, name), old.parameter, old.shape, old.dtype)
-            continue
-        operation = Operation.COPY if source else _made(place)
-        steps[source or name] = Step(source, operation, (name,), place.parameter, place.shape, kept)
-    return UpcyclePlan(dense, target, tuple(steps.values()), tuple(planned))
+    blueprint = draw_blueprint(config, specs)
+    target, more = target_spec(specs[0], blueprint, config.format)
+    plan = _Planner(config, blueprint, target, sources, text).plan()
+    return Conversion(specs[0], target, blueprint, plan, promise(blueprint), (*remarks, *more))
 
 
-def _origin(place: Place) -> str:
-    """The dense parameter that this part of the output is a copy of; the own name where it is none."""
-    if place.expert is None:
-        return place.parameter
-    layer = place.parameter.partition(".moe.experts.")[0]
+class _Planner:
+    """Holds what all decisions read; each method decides about one kind of tensor."""
+
+    def __init__(
+        self, config: UpcycleConfig, blueprint: Blueprint, target: ModelSpec, sources: Sequence[Sources], text: str
+    ) -> None:
+        self.config, self.blueprint, self.target, self.text = config, blueprint, target, text
+        self.sources = sources
+        self.plain = [{p.parameter: s for p, s in parent.items() if p.expert is None} for parent in sources]
+        self.main_dtype = self.plain[0]["embed.weight"].dtype
+
+    def plan(self) -> ConversionPlan:
+        """Every tensor of the output, equal operations as one step."""
+        table = tensor_table(self.target)
+        steps: dict[object, list[tuple[Operation, Target]]] = {}
+        for name, place in table.items():
+            made = self.make(place)
+            target = Target(name, self.dtype(place, made.operation), place.shape, made.slot)
+            key = made.operation if made.operation.sources else name  # what is read is read once
+            steps.setdefault(key, []).append((made.operation, target))
+        merged = [Step(group[0][0], tuple(target for _, target in group)) for group in steps.values()]
+        return plan_of(merged, list(table))
+
+    def dtype(self, place: Place, operation: Operation) -> DType:
+        """That of the first source (specialists may be of several types, the output is of one)."""
+        if place.parameter.endswith("expert_bias"):
+            return DType.FLOAT32
+        if self.config.dtype is not None:
+            return self.config.dtype
+        return operation.sources[0].dtype if operation.sources else self.main_dtype
+
+    def make(self, place: Place) -> Made:
+        """What makes the tensor at `place`."""
+        layer, name = _layer_and_name(place.parameter)
+        if place.expert is not None:
+            expert = Expert(layer, place.expert, _matrix(place))
+            return make_expert(expert, place, self.blueprint, self.config, self.plain, self.sources[0])
+        if name.startswith("moe.router.") and self.blueprint.method is Method.DUPLICATE:
+            return Made(self.cloned_router(place))
+        if name == "moe.router.weight":
+            return Made(self.new_router(layer, place))
+        if name == "moe.router.expert_bias":
+            return Made(Zeros())
+        if name.startswith("moe.shared") and place.parameter not in self.plain[0]:
+            return self.shared(layer, name, place)
+        return Made(self.kept(place))
+
+    def kept(self, place: Place) -> Operation:
+        """A tensor that upcycling does not change."""
+        if self.blueprint.rest is Rest.AVERAGE and self.blueprint.method is Method.SPECIALISTS:
+            return Average(tuple(parent[place.parameter] for parent in self.plain))
+        return Copy(self.plain[0][place.parameter])
+
+    def new_router(self, layer: int, place: Place) -> Operation:
+        """Random rows, or centroids; the experts of a virtual group share one."""
+        config, rows = self.config, self.blueprint.router_rows
+        count, width = place.shape
+        key = f"{config.seed}/{place.parameter}"
+        if config.router_init is RouterInit.CENTROIDS:
+            length = config.router_std * width**0.5  # that of a normal row
+            return Centroids(layer, rows, width, length, count // rows, self.text, key)
+        flat = config.router_init is RouterInit.UNIFORM
+        return Random(rows, width, config.router_std, key, flat=flat, repeat=count // rows)
+
+    def cloned_router(self, place: Place) -> Operation:
+        """Rows of the parent's router once around; a bias on the probabilities shrinks as they do."""
+        source, blueprint = self.plain[0][place.parameter], self.blueprint
+        if place.parameter.endswith("expert_bias"):
+            on_probabilities = blueprint.moe.gate_norm is None
+            return CloneRows(source, place.shape[0], scale=1 / blueprint.clones if on_probabilities else 1.0)
+        noise_key = f"{self.config.seed}/{place.parameter}" if blueprint.router_noise else ""
+        return CloneRows(source, place.shape[0], noise=blueprint.router_noise, key=noise_key)
+
+    def shared(self, layer: int, name: str, place: Place) -> Made:
+        """A shared expert that the parent has not: asked for, or one that adds zero because the format insists."""
+        if name == "moe.shared_gate.weight":
+            return Made(Zeros())  # sigmoid(0) = 1/2 for every token
+        matrix = Matrix(name.split(".")[2])
+        if self.blueprint.moe.shared_ffn_size:
+            return shared_expert(layer, matrix, self.plain[0], self.blueprint)
+        if matrix is Matrix.DOWN:
+            return Made(Zeros())
+        rows, width = place.shape
+        return Made(Random(rows, width, self.target.init_std, f"{self.config.seed}/{place.parameter}"))
+
+
+def _matrix(place: Place) -> Matrix:
     if place.rows is None:
-        return f"{layer}.mlp.down.weight"
-    return f"{layer}.mlp.{'gate' if place.rows[0] == 0 else 'up'}.weight"
+        return Matrix.DOWN
+    return Matrix.GATE if place.rows[0] == 0 else Matrix.UP
 
 
-def _made(place: Place) -> Operation:
-    """New tensors: the router and the shared expert's inner matrices are random; what must add nothing is zero."""
-    zero = place.parameter.endswith((".moe.shared.down.weight", ".moe.shared_gate.weight", ".expert_bias"))
-    return Operation.ZEROS if zero else Operation.NORMAL
-
-
-def _of_later_layer(step: Step) -> bool:
-    return step.parameter.startswith("layers.") and not step.parameter.startswith("layers.0.")
+def _layer_and_name(parameter: str) -> tuple[int, str]:
+    """("layers.3.moe.router.weight") as (3, "moe.router.weight"); -1 for what is in no layer."""
+    found = re.fullmatch(r"layers\.(\d+)\.(.*)", parameter)
+    return (int(found[1]), found[2]) if found else (-1, parameter)

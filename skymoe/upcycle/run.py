@@ -1,166 +1,203 @@
-"""`skymoe upcycle`: plan, replay the plan one tensor at a time, measure, publish.
+"""`skymoe upcycle`: decide, replay the plan one tensor at a time, measure, publish.
 
-The output is written under a hidden name beside OUT and renamed at the end, receipt included: a run that fails or is
-killed leaves nothing at OUT.
+The output is made in a hidden directory beside OUT and renamed at the end, receipt included: a run that fails leaves
+nothing at OUT, and one that is killed is taken up by the same command.
 """
 
 from __future__ import annotations
 
+import math
+import shutil
 import time
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor
 
-from skymoe.base.config import Config
 from skymoe.base.dtype import DType
-from skymoe.base.files import staging_directory
+from skymoe.base.files import resumable_directory
 from skymoe.base.log import logger
-from skymoe.base.progress import progress
+from skymoe.convert.documents import write_documents, write_record
+from skymoe.convert.identity import FileHashes, conversion_fingerprint
+from skymoe.convert.made import Made, ParentRecord, record_parent
+from skymoe.convert.parents import Parent, open_parent
 from skymoe.convert.receipt import Receipt, measure
-from skymoe.model.init import initial_tensor
-from skymoe.model.load import check_spare_head
-from skymoe.model.save import write_documents, write_json
+from skymoe.convert.replay import replay
+from skymoe.convert.result import written
 from skymoe.spec.flops import count_parameters
-from skymoe.spec.hf import spec_from_directory
-from skymoe.spec.model import ModelSpec
-from skymoe.upcycle.config import UpcycleConfig
-from skymoe.upcycle.plan import Operation, Step, UpcyclePlan, plan_copy
-from skymoe.upcycle.target import exactness, target_spec
-from skymoe.weights.buffers import torch_dtype
-from skymoe.weights.match import match_tensors
-from skymoe.weights.reader import WeightsReader
-from skymoe.weights.writer import ShardedWriter
-
-RECEIPT_NAME = "receipt.json"
-
-
-@dataclass(frozen=True)
-class UpcycleReport:
-    """What the conversion did.
-
-    Attributes:
-        out: the new model directory.
-        method: how the experts were made.
-        source_architecture, architecture: on disk, before and after.
-        experts, top_k: of the new model.
-        gate_norm: whether the gate is normalized.
-        parameters, active_parameters: of the new model; the second is what one token uses.
-        max_abs_dlogit, kl, exact, reason: the receipt, see `Receipt`; receipt.json has all of it.
-        bytes_written: of the weights.
-        seconds: in all.
-        remarks: what the user should know.
-    """
-
-    out: Path
-    method: str
-    source_architecture: str
-    architecture: str
-    experts: int
-    top_k: int
-    gate_norm: bool
-    parameters: int
-    active_parameters: int
-    max_abs_dlogit: float | None
-    kl: float | None
-    exact: bool
-    reason: str
-    bytes_written: int
-    seconds: float
-    remarks: tuple[str, ...]
+from skymoe.upcycle.centroids import router_centroids, text_tokens, tokens_hash
+from skymoe.upcycle.config import Method, UpcycleConfig
+from skymoe.upcycle.make import maker
+from skymoe.upcycle.plan import Conversion, plan_conversion
+from skymoe.upcycle.result import PlannedUpcycle, UpcycleReport
+from skymoe.upcycle.words import other_tokenizers, summary
+from skymoe.weights.index import weight_paths
 
 
 def run(config: UpcycleConfig) -> UpcycleReport:
-    """Upcycle `config.source` into `config.out`.
+    """Upcycle `config.sources` into `config.out`.
 
     Raises:
-        FormatError: the source is missing, broken, hostile or not supported.
-        ConfigError: it is not dense, cannot be upcycled as asked, or OUT exists.
+        FormatError: a source is missing, broken, hostile or not supported.
+        ConfigError: the request cannot be met, or OUT exists.
+        MissingExtraError: centroids need the package `tokenizers`.
         MachineError: no space, no permission.
     """
     started = time.monotonic()
-    dense = spec_from_directory(config.source)
-    target, remarks = target_spec(dense, config)
-    for remark in remarks:
-        logger.info("note: %s", remark)
-    with staging_directory(config.out, overwrite=config.overwrite) as staging:
-        with WeightsReader(config.source) as reader:
-            match = match_tensors(dense, reader.names(), where=config.source)
-            check_spare_head(reader, match)
-            plan = plan_copy(dense, target, reader.names(), config.dtype)
-            logger.debug("%s", plan)
-            replay(plan, reader, staging, config)
-            narrowed = _main_dtype(plan).itemsize < reader.names()["model.embed_tokens.weight"].dtype.itemsize
-        write_documents(staging, target, _main_dtype(plan), source=config.source, provenance=_provenance(config, dense))
-        receipt = _receipt(config, target, staging, narrowed=narrowed)
-        write_json(staging / RECEIPT_NAME, asdict(receipt))
-    return _report(config, plan, receipt, remarks, time.monotonic() - started)
+    with _open_parents(config) as parents:
+        tokens_BT = _text(config, parents[0])
+        conversion = _decide(config, parents, tokens_BT)
+        for remark in conversion.remarks:
+            logger.info("note: %s", remark)
+        options = config.told() | {"max_shard_bytes": config.max_shard_bytes}
+        fingerprint = conversion_fingerprint(conversion.plan, parents, options)
+        with (
+            resumable_directory(config.out, fingerprint, overwrite=config.overwrite) as staging,
+            FileHashes([parent.directory for parent in parents]) as hashes,
+        ):
+            make = maker(_centroids(config, conversion, parents[0], tokens_BT))
+            replay(
+                conversion.plan, parents, staging, make, name="upcycle", max_shard_bytes=config.max_shard_bytes
+            )  # fmt: skip
+            write_documents(staging, conversion.target, _main_dtype(conversion), [p.directory for p in parents])
+            receipt = _receipt(config, conversion, parents, staging)
+            made = _made(config, conversion, _records(parents, hashes), tokens_BT)
+            write_record(staging, conversion.target, made, receipt)
+    return _report(config, conversion, receipt, time.monotonic() - started)
 
 
-@torch.no_grad()
-def replay(plan: UpcyclePlan, reader: WeightsReader, directory: Path, config: UpcycleConfig) -> None:
-    """Do every step of `plan`: read (or make) one tensor, write it to all its targets, forget it."""
-    writer = ShardedWriter(directory, plan.tensors, max_shard_bytes=config.max_shard_bytes)
-    with writer, progress("upcycle", plan.bytes_written / 1e6, "MB") as bar:
-        for step in plan.steps:
-            tensor = _make(step, reader, plan.target, config)
-            for target in step.targets:
-                writer.add(target, tensor)
-                bar.advance(step.num_bytes / 1e6)
+def dry_run(config: UpcycleConfig) -> PlannedUpcycle:
+    """What `run` would do. Nothing is written; a text for centroids is read, but not run through the model.
 
-
-def _make(step: Step, reader: WeightsReader, target: ModelSpec, config: UpcycleConfig) -> Tensor:
-    dtype = torch_dtype(step.dtype)
-    match step.operation:
-        case Operation.COPY:
-            return reader.tensor(step.source).to(dtype)
-        case Operation.ZEROS:
-            return torch.zeros(step.shape, dtype=dtype)
-        case Operation.NORMAL:
-            std = config.router_std if ".router." in step.parameter else target.init_std
-            spec = replace(target, init_std=std)
-            return initial_tensor(spec, step.parameter, step.shape, config.seed).to(dtype)
-
-
-def _receipt(config: UpcycleConfig, target: ModelSpec, staging: Path, *, narrowed: bool) -> Receipt:
-    assert target.moe is not None
-    expected = exactness(target.moe, config.method)
-    return measure(
-        config.source, staging, expected, num_tokens=config.receipt_tokens, seed=config.seed, narrowed=narrowed
+    Raises:
+        FormatError, ConfigError: as `run`.
+    """
+    with _open_parents(config) as parents:
+        conversion = _decide(config, parents, _text(config, parents[0]))
+    count = count_parameters(conversion.target)
+    return PlannedUpcycle(
+        out=config.out,
+        method=config.method.value,
+        source_architecture=conversion.base.architecture.value,
+        architecture=conversion.target.architecture.value,
+        experts=conversion.blueprint.moe.num_experts,
+        top_k=conversion.blueprint.moe.top_k,
+        parameters=count.total,
+        active_parameters=count.active,
+        exact=conversion.promise.exact,
+        reason=conversion.promise.reason,
+        remarks=conversion.remarks,
+        disk_bytes=conversion.plan.bytes_written,
+        disk_free=_free_space(config.out),
+        spec=conversion.target,
+        plan=conversion.plan,
     )
 
 
-def _main_dtype(plan: UpcyclePlan) -> DType:
-    return next(dtype for name, dtype, _ in plan.tensors if name == "model.embed_tokens.weight")
+@contextmanager
+def _open_parents(config: UpcycleConfig) -> Iterator[tuple[Parent, ...]]:
+    decode_to = DType.FLOAT32 if config.dtype is DType.FLOAT32 else DType.BFLOAT16
+    with ExitStack() as stack:
+        opened = [open_parent(path, number, decode_to=decode_to) for number, path in enumerate(config.sources)]
+        yield tuple(stack.enter_context(parent) for parent in opened)
 
 
-def _provenance(config: Config, dense: ModelSpec) -> dict[str, Any]:
-    options = config.model_dump(mode="json", exclude={"source", "out", "overwrite", "max_shard_bytes"})
-    source = {"architecture": dense.architecture.value, "parameters": count_parameters(dense).total}
-    return {"made_by": "upcycle", "parent": source, "options": options}
+def _decide(config: UpcycleConfig, parents: Sequence[Parent], tokens_BT: Tensor | None) -> Conversion:
+    text = "" if tokens_BT is None else tokens_hash(tokens_BT)
+    more = other_tokenizers([parent.directory for parent in parents])
+    specs, sources = [parent.spec for parent in parents], [parent.sources for parent in parents]
+    return plan_conversion(config, specs, sources, text=text, remarks=more)
 
 
-def _report(
-    config: UpcycleConfig, plan: UpcyclePlan, receipt: Receipt, remarks: tuple[str, ...], seconds: float
-) -> UpcycleReport:
-    count = count_parameters(plan.target)
-    return UpcycleReport(
-        out=config.out,
+def _text(config: UpcycleConfig, base: Parent) -> Tensor | None:
+    if config.centroid_text is None:
+        return None
+    return text_tokens(base.directory, config.centroid_text, config.centroid_tokens, base.spec.vocab_size)
+
+
+def _centroids(
+    config: UpcycleConfig, conversion: Conversion, base: Parent, tokens_BT: Tensor | None
+) -> dict[int, Tensor]:
+    if tokens_BT is None:
+        return {}
+    layers, clusters = conversion.target.moe_layer_ids, conversion.blueprint.router_rows
+    return router_centroids(base.directory, tokens_BT, layers=layers, clusters=clusters, seed=config.seed)
+
+
+def _receipt(config: UpcycleConfig, conversion: Conversion, parents: Sequence[Parent], staging: Path) -> Receipt:
+    return measure(
+        config.sources[0],
+        staging,
+        conversion.promise,
+        num_tokens=config.receipt_tokens,
+        seed=config.seed,
+        narrowed=_narrowed(conversion, parents[0]),
+    )
+
+
+def _narrowed(conversion: Conversion, base: Parent) -> bool:
+    """Whether weights were rounded on the way: then logits may differ although the method is exact."""
+    dtype, blueprint = _main_dtype(conversion), conversion.blueprint
+    if dtype.itemsize > 2:
+        return False
+    inexact = any(math.frexp(factor)[0] != 0.5 for factor in (blueprint.gate_up_scale, blueprint.down_scale))
+    return bool(base.reader.scaled) or dtype is not base.match.dtype or inexact  # powers of two do not round
+
+
+def _records(parents: Sequence[Parent], hashes: FileHashes) -> tuple[ParentRecord, ...]:
+    records = []
+    for parent, found in zip(parents, hashes.result(), strict=True):
+        paths = weight_paths(parent.directory)
+        records.append(record_parent(parent, {paths[name]: sha256 for name, sha256 in found.items()}))
+    return tuple(records)
+
+
+def _made(
+    config: UpcycleConfig, conversion: Conversion, records: tuple[ParentRecord, ...], tokens_BT: Tensor | None
+) -> Made:
+    moe = conversion.blueprint.moe
+    decided = {"experts": moe.num_experts, "top_k": moe.top_k, "gate_norm": moe.gate_norm is not None}
+    text = {} if tokens_BT is None else {"centroid_tokens_sha256": tokens_hash(tokens_BT)}
+    return Made(
+        command="upcycle",
         method=config.method.value,
-        source_architecture=plan.dense.architecture.value,
-        architecture=plan.target.architecture.value,
-        experts=config.experts,
-        top_k=config.top_k,
-        gate_norm=config.gate_norm,
+        parents=records,
+        summary=summary(config, conversion),
+        options=config.told() | decided | text,
+        seed=config.seed,
+        remarks=conversion.remarks,
+        new_routers=config.method is not Method.DUPLICATE and config.centroid_text is None,
+    )
+
+
+def _main_dtype(conversion: Conversion) -> DType:
+    return next(target.dtype for target in conversion.plan.tensors if target.name == "model.embed_tokens.weight")
+
+
+def _free_space(out: Path) -> int:
+    existing = out.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    return shutil.disk_usage(existing).free
+
+
+def _report(config: UpcycleConfig, conversion: Conversion, receipt: Receipt, seconds: float) -> UpcycleReport:
+    count, moe = count_parameters(conversion.target), conversion.blueprint.moe
+    return UpcycleReport(
+        **asdict(written(config.out, seconds)),
+        method=config.method.value,
+        source_architecture=conversion.base.architecture.value,
+        architecture=conversion.target.architecture.value,
+        experts=moe.num_experts,
+        top_k=moe.top_k,
+        gate_norm=moe.gate_norm is not None,
         parameters=count.total,
         active_parameters=count.active,
         max_abs_dlogit=receipt.max_abs_dlogit,
         kl=receipt.kl,
         exact=receipt.exact,
         reason=receipt.reason,
-        bytes_written=plan.bytes_written,
-        seconds=round(seconds, 3),
-        remarks=remarks,
+        remarks=conversion.remarks,
     )

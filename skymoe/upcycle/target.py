@@ -1,116 +1,93 @@
-"""What the upcycled model is: its spec, its architecture on disk, and whether it is exactly the dense model. No torch.
-
-Of a dense parent y = F(x), the copy computes y = sum over the chosen experts of w_i F(x). That is F(x) exactly when
-the combine weights sum to 1, whatever the router says; `exactness` is that table (docs/upcycling.md) as code.
-"""
+"""What the upcycled model is on disk: the spec of the output, the architecture that carries it, remarks. No torch."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 from skymoe.base.errors import ConfigError
-from skymoe.convert.exactness import Exactness
 from skymoe.spec.hf_families import uncarried
-from skymoe.spec.model import Architecture, GateNormSpec, ModelSpec, MoESpec
-from skymoe.upcycle.config import Method, TargetFormat, UpcycleConfig
+from skymoe.spec.model import Architecture, ModelSpec
+from skymoe.upcycle.blueprint import Blueprint
+from skymoe.upcycle.config import Method, Shared, TargetFormat
 
 SHARED_FFN_SIZE = 128  # of the shared expert that qwen2_moe insists on; its output is zero
 
 _LLAMA_SHAPED = (Architecture.LLAMA, Architecture.MISTRAL, Architecture.SKYWORK)
-_NATIVE = {
-    Architecture.LLAMA: Architecture.MIXTRAL,
-    Architecture.MISTRAL: Architecture.MIXTRAL,
-    Architecture.SKYWORK: Architecture.MIXTRAL,
-    Architecture.QWEN2: Architecture.QWEN2_MOE,
-    Architecture.QWEN3: Architecture.QWEN3_MOE,
-    Architecture.SKYMOE: Architecture.SKYMOE,
+_NATIVE = {  # best first
+    Architecture.LLAMA: (Architecture.MIXTRAL, Architecture.QWEN2_MOE),
+    Architecture.MISTRAL: (Architecture.MIXTRAL, Architecture.QWEN2_MOE),
+    Architecture.SKYWORK: (Architecture.MIXTRAL, Architecture.QWEN2_MOE),
+    Architecture.QWEN2: (Architecture.QWEN2_MOE,),
+    Architecture.QWEN3: (Architecture.QWEN3_MOE,),
+}
+_ASKED = {
+    TargetFormat.MIXTRAL: Architecture.MIXTRAL,
+    TargetFormat.QWEN2_MOE: Architecture.QWEN2_MOE,
+    TargetFormat.QWEN3_MOE: Architecture.QWEN3_MOE,
+    TargetFormat.SKYMOE: Architecture.SKYMOE,
+    TargetFormat.SKYWORK: Architecture.SKYWORK_MOE,
 }
 
 
-def target_spec(dense: ModelSpec, config: UpcycleConfig) -> tuple[ModelSpec, tuple[str, ...]]:
+def target_spec(base: ModelSpec, blueprint: Blueprint, wanted: TargetFormat) -> tuple[ModelSpec, tuple[str, ...]]:
     """The spec of the output, and remarks for the user.
 
     Raises:
-        ConfigError: the source is a mixture of experts already, or cannot be upcycled as asked.
+        ConfigError: the wanted format cannot carry it.
     """
-    _refuse(dense, config)
-    norm = None
-    if config.gate_norm:
-        norm = GateNormSpec(scale=config.gate_scale, ddof=config.gate_ddof, eps=config.gate_eps)
-    moe = MoESpec(num_experts=config.experts, top_k=config.top_k, ffn_size=dense.ffn_size, gate_norm=norm)
-    wide = replace(dense, architecture=Architecture.SKYMOE, moe=moe, moe_layers=_layers(dense, config))
-    if config.format is TargetFormat.SKYMOE:
-        return wide, _remarks(wide)
-    if config.format is TargetFormat.SKYWORK:
-        return _skywork(dense, wide), _remarks(wide)
-    native = _NATIVE[dense.architecture]
-    if native is Architecture.MIXTRAL and wide.num_dense_layers:
-        native = Architecture.QWEN2_MOE  # the only native class with dense layers in between and no q/k norm
-    if native is Architecture.QWEN2_MOE:
+    wide = replace(base, architecture=Architecture.SKYMOE, moe=blueprint.moe, moe_layers=blueprint.layers)
+    if wanted is not TargetFormat.AUTO:
+        spec = _as(wide, _ASKED[wanted])
+        reasons = list(uncarried(spec))
+        if (
+            spec.architecture is Architecture.SKYWORK_MOE
+            and base.moe is None
+            and base.architecture not in _LLAMA_SHAPED
+        ):
+            reasons.insert(0, f"{base.architecture} is not Llama-shaped")
+        if reasons:
+            what = f"the {wanted} format cannot carry this model"
+            raise ConfigError(what, why="; ".join(reasons), hint="--set format=skymoe")
+        return spec, _remarks(spec, blueprint)
+    own = (base.architecture,) if base.moe else ()
+    first_reasons: tuple[str, ...] = ()
+    for architecture in _NATIVE.get(base.architecture, own):
+        spec = _as(wide, architecture)
+        reasons_now = uncarried(spec)
+        if not reasons_now:
+            return spec, _remarks(spec, blueprint)
+        first_reasons = first_reasons or reasons_now
+    why = (
+        [f"written as skymoe, transformers needs trust_remote_code: {'; '.join(first_reasons)}"]
+        if first_reasons
+        else []
+    )
+    return wide, (*why, *_remarks(wide, blueprint))
+
+
+def _as(wide: ModelSpec, architecture: Architecture) -> ModelSpec:
+    """`wide` under `architecture`; Qwen2-MoE gets the shared expert that it cannot do without."""
+    moe = wide.moe
+    assert moe is not None
+    if architecture is Architecture.QWEN2_MOE and not moe.shared_ffn_size:
         moe = replace(moe, shared_ffn_size=SHARED_FFN_SIZE)
-    narrow = replace(wide, architecture=native, moe=moe)
-    reasons = uncarried(narrow)
-    if not reasons:
-        return narrow, _remarks(narrow)
-    why = f"written as skymoe, transformers needs trust_remote_code: {'; '.join(reasons)}"
-    return wide, (why, *_remarks(wide))
+    return replace(wide, architecture=architecture, moe=moe)
 
 
-def exactness(moe: MoESpec, method: Method) -> Exactness:
-    """The table of research: when is the upcycled model the dense one at step 0?"""
-    assert method is Method.COPY
-    always = "every expert is the dense feed-forward, and the combine weights sum to 1, whatever the router chooses"
-    if moe.norm_topk:
-        return Exactness(True, always)
-    if moe.top_k == moe.num_experts:
-        return Exactness(True, "every expert is the dense feed-forward, and all are used: the softmax sums to 1")
-    why = "the chosen probabilities are not renormalized: a token's output is scaled by their sum, which is below 1"
-    return Exactness(False, why)
-
-
-def _refuse(dense: ModelSpec, config: UpcycleConfig) -> None:
-    if config.source.resolve() == config.out.resolve():
-        raise ConfigError("the output is the source", where=config.out, hint="choose another directory")
-    if dense.moe is not None:
-        raise ConfigError(
-            f"this model is already a mixture of experts ({dense.architecture})",
-            where=config.source,
-            why="upcycling starts from a dense model; growing the number of experts is not implemented",
-            hint="give the dense parent, or train this model as it is: skymoe train",
-        )
-    if dense.mlp_bias:
-        raise ConfigError(
-            "the feed-forward layers have biases (mlp_bias)",
-            where=config.source,
-            why="experts have no biases in any format that other tools read",
-        )
-    if config.layers is not None and config.layers[-1] >= dense.num_layers:
-        what = f"layers names layer {config.layers[-1]}, the model has {dense.num_layers}"
-        raise ConfigError(what, where=config.source)
-
-
-def _layers(dense: ModelSpec, config: UpcycleConfig) -> tuple[int, ...] | None:
-    return None if config.layers is None or len(config.layers) == dense.num_layers else config.layers
-
-
-def _skywork(dense: ModelSpec, wide: ModelSpec) -> ModelSpec:
-    spec = replace(wide, architecture=Architecture.SKYWORK_MOE)
-    reasons = list(uncarried(spec))
-    if dense.architecture not in _LLAMA_SHAPED:
-        reasons.insert(0, f"{dense.architecture} is not Llama-shaped")
-    if reasons:
-        what, hint = "the skywork format cannot carry this model", "--set format=skymoe"
-        raise ConfigError(what, why="; ".join(reasons), hint=hint)
-    return spec
-
-
-def _remarks(spec: ModelSpec) -> tuple[str, ...]:
-    assert spec.moe is not None
+def _remarks(spec: ModelSpec, blueprint: Blueprint) -> tuple[str, ...]:
+    moe = blueprint.moe
     remarks = []
-    if spec.moe.top_k == 1:
+    if moe.top_k == 1 and moe.norm_topk:
         remarks.append("top_k 1 with renormalization: the router gets no gradient from the language loss, ever")
-    if spec.moe.num_experts & (spec.moe.num_experts - 1):
-        remarks.append(f"{spec.moe.num_experts} experts: some tools want a power of two")
-    if spec.architecture is Architecture.SKYWORK_MOE and spec.moe.gate_norm:
+    if moe.num_experts & (moe.num_experts - 1):
+        remarks.append(f"{moe.num_experts} experts: some tools want a power of two")
+    if spec.architecture is Architecture.SKYWORK_MOE and moe.gate_norm:
         remarks.append("the released Skywork vLLM fork drops gate normalization on its main path")
+    if blueprint.method is Method.DUPLICATE and not blueprint.router_noise:
+        remarks.append(
+            "clones with equal router rows get equal tokens and equal gradients, and would stay equal in training: "
+            "--set router_noise=0.01 tells them apart, at the price of exactness"
+        )
+    if blueprint.method is Method.PARTITION and blueprint.shared is Shared.NONE:
+        remarks.append("a partition starts with a fraction of the dense model: it needs long training to recover")
     return tuple(remarks)

@@ -1,0 +1,73 @@
+"""Whether the sources fit the method and one another. No torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from skymoe.base.errors import ConfigError
+from skymoe.spec.model import ModelSpec
+from skymoe.upcycle.config import Method, Shared, UpcycleConfig
+
+_OWN = ("bos_id", "eos_ids", "pad_id", "init_std")  # specialists may differ here: the base's are kept
+
+
+def check_parents(config: UpcycleConfig, specs: Sequence[ModelSpec]) -> None:
+    """Raise ConfigError unless `config.method` can start from models of these specs."""
+    _check_count(config, len(specs))
+    if config.out.resolve() in [source.resolve() for source in config.sources]:
+        raise ConfigError("the output is the source", where=config.out, hint="choose another directory")
+    for source, spec in zip(config.sources, specs, strict=True):
+        if config.method is Method.DUPLICATE:
+            _check_mixture(config, spec)
+        else:
+            _check_dense(source, spec)
+        _check_agreement(config, source, spec, specs[0])
+
+
+def _check_count(config: UpcycleConfig, count: int) -> None:
+    if config.method is Method.SPECIALISTS and count < 2:
+        why = "method specialists takes the feed-forwards of several models"
+        raise ConfigError("one source is given", why=why, hint="skymoe upcycle BASE OTHER ... OUT, or --method copy")
+    if config.method is not Method.SPECIALISTS and count > 1:
+        what = f"{count} sources are given, method {config.method} starts from one"
+        raise ConfigError(what, hint="--method specialists makes experts of several models")
+
+
+def _check_dense(source: object, spec: ModelSpec) -> None:
+    if spec.moe is not None:
+        raise ConfigError(
+            f"this model is already a mixture of experts ({spec.architecture})",
+            where=source,
+            why="this method starts from a dense model",
+            hint="--method duplicate makes it larger; or give its dense parent",
+        )
+    if spec.mlp_bias:
+        why = "experts have no biases in any format that other tools read"
+        raise ConfigError("the feed-forward layers have biases (mlp_bias)", where=source, why=why)
+
+
+def _check_mixture(config: UpcycleConfig, spec: ModelSpec) -> None:
+    if spec.moe is None:
+        what = f"this model is dense ({spec.architecture})"
+        why = "method duplicate copies the experts of a mixture"
+        raise ConfigError(what, where=config.sources[0], why=why, hint="--method copy makes a mixture of a dense model")
+    has_norm = spec.moe.gate_norm is not None
+    if config.gate_norm is not None and config.gate_norm != has_norm:
+        what = f"gate_norm is asked to be {config.gate_norm}, the model's gate is {has_norm}".lower()
+        why = "the gate of a trained mixture decides what it computes"
+        raise ConfigError(what, where=config.sources[0], why=why, hint="leave the option out")
+    assert config.shared is Shared.NONE  # the config has refused it
+
+
+def _check_agreement(config: UpcycleConfig, source: object, spec: ModelSpec, base: ModelSpec) -> None:
+    for field in dataclasses.fields(ModelSpec):
+        ours, theirs = getattr(spec, field.name), getattr(base, field.name)
+        if ours != theirs and field.name not in _OWN:
+            what = f"{field.name} is {_shown(ours)}, but {_shown(theirs)} in {config.sources[0]}"
+            why = "specialists are branches of one model"
+            raise ConfigError(what, where=source, why=why)
+
+
+def _shown(value: object) -> str:
+    return str(value) if value is not None else "none"

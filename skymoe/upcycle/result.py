@@ -1,0 +1,79 @@
+"""What `skymoe upcycle` reports. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from skymoe.convert.plan import ConversionPlan
+from skymoe.convert.result import Written
+from skymoe.spec.model import ModelSpec
+
+
+@dataclass(frozen=True)
+class UpcycleReport(Written):
+    """What the conversion did.
+
+    Attributes:
+        method: how the experts were made.
+        source_architecture, architecture: on disk, before and after.
+        experts, top_k: of the new model.
+        gate_norm: whether the gate is normalized.
+        parameters, active_parameters: of the new model; the second is what one token uses.
+        max_abs_dlogit, kl, exact, reason: the receipt, see `Receipt`; receipt.json has all of it.
+        remarks: what the user should know.
+    """
+
+    method: str
+    source_architecture: str
+    architecture: str
+    experts: int
+    top_k: int
+    gate_norm: bool
+    parameters: int
+    active_parameters: int
+    max_abs_dlogit: float | None
+    kl: float | None
+    exact: bool
+    reason: str
+    remarks: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PlannedUpcycle:
+    """A dry run: what would be written.
+
+    Attributes:
+        out: where.
+        method: how the experts would be made.
+        source_architecture, architecture: on disk, before and after.
+        experts, top_k: of the new model.
+        parameters, active_parameters: of the new model.
+        exact, reason: what the receipt would be held against.
+        remarks: what the user should know.
+        disk_bytes, disk_free: what the weights take, and what is free where they would go.
+        spec: of the new model.
+        plan: every tensor.
+    """
+
+    out: Path
+    method: str
+    source_architecture: str
+    architecture: str
+    experts: int
+    top_k: int
+    parameters: int
+    active_parameters: int
+    exact: bool
+    reason: str
+    remarks: tuple[str, ...]
+    disk_bytes: int
+    disk_free: int
+    spec: ModelSpec
+    plan: ConversionPlan
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it as plain data, the tensors last."""
+        data = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "plan"}
+        return data | self.plan.as_json()
