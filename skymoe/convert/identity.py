@@ -20,6 +20,7 @@ from skymoe import __version__
 from skymoe.base.errors import FormatError
 from skymoe.convert.parents import Parent
 from skymoe.convert.plan import ConversionPlan
+from skymoe.spec.hf import CONFIG_NAME
 from skymoe.weights.header import CHUNK_BYTES
 from skymoe.weights.index import weight_paths
 
@@ -29,17 +30,19 @@ def conversion_fingerprint(plan: ConversionPlan, parents: Sequence[Parent], opti
 
     Args:
         plan: what will be done.
-        parents: of what; their weight files count by name, size and time of change.
+        parents: of what; their weight files and config.json count by name, size and time of change.
         options: JSON data: seed, shard size and whatever else of the config the plan does not say. No paths.
     """
-    files = [[_stamp(name, path) for name, path in weight_paths(parent.directory).items()] for parent in parents]
+    files = [_stamps(parent.directory) for parent in parents]
     data = {"skymoe": __version__, "plan": plan.fingerprint(), "parents": files, "options": dict(options)}
     return hashlib.sha256(json.dumps(data, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
-def _stamp(name: str, path: Path) -> list[object]:
-    state = os.stat(path)
-    return [name, state.st_size, state.st_mtime_ns]
+def _stamps(directory: Path) -> list[tuple[str, int, int]]:
+    """Name, size and time of change of the files that decide the weights."""
+    paths = {**weight_paths(directory), CONFIG_NAME: directory / CONFIG_NAME}
+    states = {name: os.stat(path) for name, path in paths.items()}
+    return [(name, state.st_size, state.st_mtime_ns) for name, state in states.items()]
 
 
 class FileHashes:

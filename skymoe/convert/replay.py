@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from skymoe.base.dtype import DType
 from skymoe.base.log import logger
 from skymoe.base.progress import Progress, progress
 from skymoe.convert.apply import Make
@@ -71,8 +72,13 @@ def _do(
 ) -> None:
     """One step; its tensors are gone when it returns."""
     results = make(operation, lambda source: read_source(parents, source))
+    planned: dict[tuple[int, DType], Tensor] = {}  # what several targets share is brought into their form once
     for target in targets:
-        writer.add(target.name, _as_planned(results[target.slot], target))
+        form = target.slot, target.dtype
+        if form not in planned:
+            planned[form] = results[target.slot].to(torch_dtype(target.dtype)).contiguous()
+        tensor = planned[form]
+        writer.add(target.name, tensor.expand(target.shape) if not tensor.ndim else tensor)
         bar.advance(target.num_bytes / 1e9)
 
 
@@ -80,8 +86,3 @@ def read_source(parents: Sequence[Parent], source: Source) -> Tensor:
     """The values of `source`, of `source.shape`."""
     reader = parents[source.parent].reader
     return reader.slice(source.name, *source.parts).view(source.shape) if source.parts else reader.tensor(source.name)
-
-
-def _as_planned(tensor: Tensor, target: Target) -> Tensor:
-    tensor = tensor.to(torch_dtype(target.dtype))
-    return tensor.expand(target.shape) if tensor.ndim == 0 and target.shape else tensor
