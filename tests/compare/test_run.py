@@ -155,7 +155,7 @@ def test_negative_zero_has_other_bits_and_the_same_value(make: Make) -> None:
 def test_experts_against_the_dense_parent(make: Make) -> None:
     dense = make("dense", DENSE)
     moe = dense.parent / "moe"
-    upcycle(check_config(UpcycleConfig, {"source": str(dense), "out": str(moe), "experts": 4, "receipt_tokens": 0}))
+    upcycle(check_config(UpcycleConfig, {"sources": [str(dense)], "out": str(moe), "experts": 4, "receipt_tokens": 0}))
     plain = compare(dense, moe)
     assert plain.exit_code == 1
     assert plain.counts == {"same": 3 + 3 * 6, "only A": 9, "only B": 3 * (1 + 12)}
