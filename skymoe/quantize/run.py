@@ -78,16 +78,19 @@ def dry_run(config: QuantizeConfig) -> PlannedQuantize:
         spec = PRESETS[config.source]
         plan = plan_quantize(spec, sources_of(spec, DType.BFLOAT16), config.scheme)
     else:
-        with open_parent(Path(config.source), decode_to=DType.FLOAT32) as parent:
+        with open_parent(_directory(config), decode_to=DType.FLOAT32) as parent:
             spec, plan = parent.spec, _plan(parent, config)
     return PlannedQuantize(**vars(_counts(plan, remarks(plan, spec))), plan=plan.conversion)
 
 
 def _directory(config: QuantizeConfig) -> Path:
     source = Path(config.source)
-    if config.source in PRESETS and not source.is_dir():
+    if not source.is_dir() and config.source in PRESETS:
         what, hint = "a preset has no weights to quantize", "--dry-run tells what its FP8 form would take"
         raise ConfigError(what, where=config.source, hint=hint)
+    if not source.is_dir():
+        hint = f"presets (with --dry-run): {', '.join(PRESETS)}"
+        raise FormatError("there is no such model directory or preset", where=config.source, hint=hint)
     if config.out is not None and source.resolve() == config.out.resolve():
         raise ConfigError("the output is the source", where=config.out, hint="choose another directory")
     return source

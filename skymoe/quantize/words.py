@@ -17,7 +17,7 @@ _READERS = {
 }
 
 _SKYWORK = (Architecture.SKYWORK, Architecture.SKYWORK_MOE)
-_SKYWORK_READERS = "no class of transformers or vLLM has these names (the vLLM fork of 2024 reads `tensor`); export first"
+_SKYWORK_READERS = "no class of transformers or of today's vLLM has these names; export first, to one that they read"
 
 
 def remarks(plan: QuantizePlan, spec: ModelSpec) -> tuple[str, ...]:
