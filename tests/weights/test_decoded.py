@@ -130,7 +130,7 @@ HEADER_FAULTS = [
     (changed(Fp8Scheme.BLOCK, x__weight_scale=torch.tensor(1.0)), BLOCK, "x.weight is FP8 and has two scales"),
     (changed(Fp8Scheme.BLOCK, y__weight_scale_inv=torch.ones(1, 1)), BLOCK, "y.weight_scale_inv is the scale of"),
     (changed(Fp8Scheme.BLOCK, norm__weight_scale=torch.ones(5)), BLOCK, "norm.weight is float16"),
-    (changed(Fp8Scheme.BLOCK, x__weight_scale_inv=torch.ones(2, 3)), BLOCK, "weight_scale_inv is [2, 3], expected [2, 2]"),
+    (changed(Fp8Scheme.BLOCK, x__weight_scale_inv=torch.ones(2, 3)), BLOCK, "is [2, 3], expected [2, 2]"),
     (changed(Fp8Scheme.BLOCK, x__weight_scale_inv=torch.ones(2, 2).int()), BLOCK, "x.weight_scale_inv is int32"),
     (changed(Fp8Scheme.BLOCK), TENSOR, "x.weight_scale_inv is [2, 2], expected []"),
     (changed(Fp8Scheme.CHANNEL), BLOCK, "x.weight_scale is [200, 1], expected [2, 2]"),
