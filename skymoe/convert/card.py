@@ -54,8 +54,8 @@ def model_card(spec: ModelSpec, made: Made, receipt: Receipt | None, *, licence_
 
 
 def code(text: object, limit: int = 200) -> str:
-    """`text` as a code span that nothing in it can end, also within a table."""
-    told = printable(text, limit).replace("`", "'").replace("|", "\\|")
+    """`text` as a code span that nothing in it can end, also within a table (where a bar cannot always be escaped)."""
+    told = printable(text, limit).replace("`", "'").replace("|", "\u00a6")
     return f"`{told}`" if told.strip() else "`(empty)`"
 
 

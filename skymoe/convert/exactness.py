@@ -67,7 +67,7 @@ def _remark(spec: ModelSpec) -> str:
     assert spec.moe is not None
     match spec.architecture:
         case Architecture.SKYMOE:
-            return "carries everything; transformers needs trust_remote_code, or `import skymoe`"
+            return "carries everything; transformers needs trust_remote_code, or skymoe imported"
         case Architecture.SKYWORK_MOE if spec.moe.gate_norm:
             return "as released; the released vLLM fork drops gate normalization on its main path"
         case Architecture.SKYWORK_MOE:

@@ -6,6 +6,7 @@ seed, and the SHA-256 of every file of every parent. No clock, no host name, no 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,14 +14,13 @@ from typing import Any
 
 from skymoe import __version__
 from skymoe.base.errors import printable
-from skymoe.base.files import sha256_file
-from skymoe.base.inside import inside
+from skymoe.base.inside import inside, read_bounded
+from skymoe.convert.identity import FileHashes
 from skymoe.convert.licence import Licence, find_licence
 from skymoe.convert.parents import Parent
 from skymoe.spec.flops import count_parameters
-from skymoe.spec.hf import CONFIG_NAME, read_config, unread_fields
+from skymoe.spec.hf import CONFIG_NAME, MAX_CONFIG_BYTES, read_config, unread_fields
 from skymoe.spec.model import Architecture
-from skymoe.weights.index import weight_paths
 
 
 @dataclass(frozen=True)
@@ -68,23 +68,25 @@ class Made:
     new_routers: bool = False
 
 
-def record_parent(parent: Parent, hashes: Mapping[Path, str] | None = None) -> ParentRecord:
+def record_parent(parent: Parent, hashes: Mapping[str, str] | None = None) -> ParentRecord:
     """What to remember of `parent`.
 
     Args:
         parent: open.
-        hashes: SHA-256 of its weight files (`identity.weight_hashes(...).result()`); what is not there is computed.
+        hashes: file name to SHA-256 of its weights, as `FileHashes.result` gives for each parent; None computes them.
 
     Raises:
-        FormatError: a file is missing or hostile. MachineError, OSError: a file cannot be read.
+        FormatError: a file is missing, hostile or cannot be read.
     """
-    paths = {CONFIG_NAME: inside(parent.directory, CONFIG_NAME), **weight_paths(parent.directory)}
-    known = hashes or {}
+    if hashes is None:
+        with FileHashes([parent.directory]) as background:
+            (hashes,) = background.result()
+    config = read_bounded(inside(parent.directory, CONFIG_NAME), max_bytes=MAX_CONFIG_BYTES)
     return ParentRecord(
         name=model_name(parent.directory),
         architecture=parent.spec.architecture,
         parameters=count_parameters(parent.spec).total,
-        sha256={name: known.get(path) or sha256_file(path) for name, path in paths.items()},
+        sha256={CONFIG_NAME: hashlib.sha256(config).hexdigest(), **hashes},
         unread=unread_fields(read_config(parent.directory)),
         licence=find_licence(parent.directory, parent.spec.architecture),
     )
