@@ -117,12 +117,13 @@ def _read_skymoe(fields: Fields, num_layers: int) -> dict[str, Any]:
 
 
 def _read_qk_norm(fields: Fields) -> QkNorm | None:
-    value = fields.raw("qk_norm")
-    if value is None or isinstance(value, bool):  # skymoe 0.1 wrote true and false
-        return QkNorm.HEAD if value else None
-    if value not in list(QkNorm):
-        raise fields.error("qk_norm", f"must be null or one of {', '.join(QkNorm)}")
-    return QkNorm(value)
+    if "qk_norm" not in fields:
+        return None
+    name = fields.text("qk_norm")
+    for norm in QkNorm:
+        if norm == name:
+            return norm
+    raise fields.error("qk_norm", f"must be null or one of {', '.join(QkNorm)}, got {name!r}")
 
 
 def _write_skymoe(spec: ModelSpec) -> dict[str, Any]:

@@ -318,6 +318,17 @@ def test_clipping_and_windows_that_a_class_lacks_are_refused():
     assert spec_from_config(LLAMA | unused) == spec_from_config(LLAMA)
 
 
+def test_the_form_of_the_qk_norm_is_read_by_name():
+    config = config_from_spec(ODD)
+    assert spec_from_config(config | {"qk_norm": "full"}).qk_norm is QkNorm.FULL
+    assert spec_from_config(config | {"qk_norm": None}).qk_norm is None
+    for bad in ("heads", True, 1, ["full"]):
+        with pytest.raises(FormatError, match="qk_norm must be"):
+            spec_from_config(config | {"qk_norm": bad})
+    with pytest.raises(ConfigError, match="qk_norm"):
+        replace(ODD, qk_norm=True)
+
+
 def test_two_contexts_before_stretching_are_refused():
     inner = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     name = "original_max_position_embeddings"
