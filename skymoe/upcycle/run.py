@@ -33,7 +33,6 @@ from skymoe.upcycle.make import maker
 from skymoe.upcycle.plan import Conversion, plan_conversion
 from skymoe.upcycle.result import PlannedUpcycle, UpcycleReport
 from skymoe.upcycle.words import other_tokenizers, summary
-from skymoe.weights.index import weight_paths
 
 
 def run(config: UpcycleConfig) -> UpcycleReport:
@@ -147,11 +146,7 @@ def _narrowed(conversion: Conversion, base: Parent) -> bool:
 
 
 def _records(parents: Sequence[Parent], hashes: FileHashes) -> tuple[ParentRecord, ...]:
-    records = []
-    for parent, found in zip(parents, hashes.result(), strict=True):
-        paths = weight_paths(parent.directory)
-        records.append(record_parent(parent, {paths[name]: sha256 for name, sha256 in found.items()}))
-    return tuple(records)
+    return tuple(record_parent(parent, found) for parent, found in zip(parents, hashes.result(), strict=True))
 
 
 def _made(
