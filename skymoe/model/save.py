@@ -80,7 +80,8 @@ def save_pretrained(
             for (name, place), (_, planned, _) in zip(table.items(), plan, strict=True):
                 tensor = parameters[place.parameter][place.index].detach()
                 writer.add(name, tensor.to(torch_dtype(planned)))
-        write_documents(staging, spec, stored, source=tokenizer_from, provenance=provenance)
+        write_config_files(staging, spec, stored, source=tokenizer_from)
+        write_json(staging / PROVENANCE_NAME, {"skymoe": __version__, **(provenance or {})})
         for name, content in (extra_files or {}).items():
             write_atomic(staging / name, content)
     return out
@@ -118,19 +119,6 @@ def write_config_files(
         write_companions(directory, {GENERATION_NAME: read_companion(source, GENERATION_NAME)})
     else:
         write_json(directory / GENERATION_NAME, generation_config(spec))
-
-
-def write_documents(
-    directory: Path,
-    spec: ModelSpec,
-    dtype: DType,
-    *,
-    source: Path | None,
-    provenance: Mapping[str, Any] | None = None,
-) -> None:
-    """`write_config_files`, and skymoe.json: where the model comes from."""
-    write_config_files(directory, spec, dtype, source=source)
-    write_json(directory / PROVENANCE_NAME, {"skymoe": __version__, **(provenance or {})})
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
