@@ -21,7 +21,7 @@ from skymoe.convert.apply import Read, make_common
 from skymoe.convert.documents import write_documents, write_record
 from skymoe.convert.exactness import Exactness
 from skymoe.convert.forms import Form, Unused
-from skymoe.convert.identity import conversion_fingerprint
+from skymoe.convert.identity import FileHashes, conversion_fingerprint
 from skymoe.convert.made import Made, record_parent
 from skymoe.convert.parents import Parent, open_parent
 from skymoe.convert.plan import ConversionPlan, Operation
@@ -56,12 +56,13 @@ def run(config: ExportConfig) -> ExportReport:
         plan = plan_export(parent.sources, form.spec, dtype=config.dtype, factors=factors)
         options = config.model_dump(mode="json", exclude={"source", "out", "text", "overwrite", "dry_run"})
         fingerprint = conversion_fingerprint(plan, [parent], options)
-        with resumable_directory(config.out, fingerprint, overwrite=config.overwrite) as staging:
+        staged = resumable_directory(config.out, fingerprint, overwrite=config.overwrite)
+        with staged as staging, FileHashes([config.source]) as hashes:
             replay(plan, [parent], staging, _make, name="export", max_shard_bytes=config.max_shard_bytes)
             write_documents(staging, form.spec, _main_dtype(plan), [config.source])
             fold = _accepted(fitted, staging, config) if fitted else None
             receipt = _receipt(parent, plan, form, staging, config)
-            write_record(staging, form.spec, _made(parent, form, options, fold), receipt)
+            write_record(staging, form.spec, _made(parent, hashes.result()[0], form, options, fold), receipt)
             if fold is not None:
                 write_json(staging / FOLD_NAME, asdict(fold))
     return _report(config, parent, form, receipt, fold, time.monotonic() - started)
@@ -107,7 +108,7 @@ def _make(operation: Operation, read: Read) -> tuple[Tensor, ...]:
 def _promise(form: Form) -> Exactness:
     if form.folded:
         why = "one temperature per layer stands for a gate normalization that depends on the token"
-        return Exactness(False, f"{why}; every token keeps its experts, their weights change a little")
+        return Exactness(False, f"{why}; a router still chooses the same experts, their weights change a little")
     changes = f"; {'; '.join(form.adapters)}" if form.adapters else ""
     return Exactness(True, f"the same tensors under the names of {form.spec.architecture}{changes}")
 
@@ -137,7 +138,7 @@ def _receipt(parent: Parent, plan: ConversionPlan, form: Form, staging: Path, co
     )
 
 
-def _made(parent: Parent, form: Form, options: Mapping[str, Any], fold: Fold | None) -> Made:
+def _made(parent: Parent, hashes: Mapping[str, str], form: Form, options: Mapping[str, Any], fold: Fold | None) -> Made:
     told = [*form.adapters, *remarks(form.spec)]
     if fold is not None:
         change = f"perplexity {fold.perplexity_before:.4g} -> {fold.perplexity_after:.4g}"
@@ -145,7 +146,7 @@ def _made(parent: Parent, form: Form, options: Mapping[str, Any], fold: Fold | N
     return Made(
         command="export",
         method=f"{parent.spec.architecture} to {form.spec.architecture}",
-        parents=(record_parent(parent),),
+        parents=(record_parent(parent, hashes),),
         summary=_promise(form).reason,
         options=options,
         remarks=tuple(told),
