@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from skymoe.convert.forms import Unused, form_of
+from skymoe.convert.forms import Form, Unused, form_of
+from skymoe.convert.gguf import gguf_misreads
 from skymoe.spec.hf_families import MOE_ARCHITECTURES
-from skymoe.spec.model import Architecture, ModelSpec, RopeScaling
+from skymoe.spec.model import Architecture, ModelSpec
 
 _OWN_NAMES = {Architecture.SKYWORK_MOE: "skywork"}
 _NOT_NATIVE = (Architecture.SKYMOE, Architecture.SKYWORK_MOE)
@@ -47,20 +48,17 @@ def export_targets(spec: ModelSpec) -> tuple[ExportTarget, ...]:
     """What becomes of a mixture of experts in every format; empty for a dense model."""
     if spec.moe is None:
         return ()
-    targets = {architecture: _target(spec, architecture) for architecture in MOE_ARCHITECTURES}
-    routes = [target for architecture, target in targets.items() if architecture not in _NOT_NATIVE and target.carries]
-    return (*targets.values(), _gguf(spec, routes))
+    return (*(_target(spec, architecture) for architecture in MOE_ARCHITECTURES), _gguf(spec))
 
 
 def _target(spec: ModelSpec, architecture: Architecture) -> ExportTarget:
     name = _OWN_NAMES.get(architecture, architecture.value)
-    form = form_of(spec, architecture, Unused())
+    form = _best_form(spec, architecture)
+    if form.folded and not form.missing:
+        return ExportTarget(name, True, False, f"{'; '.join(form.adapters)} (--fold-gate-norm)")
     if not form.missing:
         return ExportTarget(name, True, True, "; ".join(form.adapters) or _remark(form.spec))
-    folded = form_of(spec, architecture, Unused(), fold=True)
-    if not folded.missing:
-        return ExportTarget(name, True, False, f"{'; '.join(folded.adapters)} (--fold-gate-norm)")
-    return ExportTarget(name, False, False, "; ".join(form.missing))
+    return ExportTarget(name, False, False, "; ".join(form_of(spec, architecture, Unused()).missing))
 
 
 def _remark(spec: ModelSpec) -> str:
@@ -75,12 +73,21 @@ def _remark(spec: ModelSpec) -> str:
     return "a class of transformers, nothing changed"
 
 
-def _gguf(spec: ModelSpec, routes: list[ExportTarget]) -> ExportTarget:
-    """llama.cpp knows no gate normalization; its converter wants a class of transformers."""
-    if spec.rope.scaling is RopeScaling.DYNAMIC:
-        return ExportTarget("gguf", False, False, "llama.cpp has no dynamic rotary scaling")
+def _gguf(spec: ModelSpec) -> ExportTarget:
+    """llama.cpp's converter wants a class of transformers, and computes what it has built in for that class."""
+    routes = [form for arch in MOE_ARCHITECTURES if arch not in _NOT_NATIVE for form in [_best_form(spec, arch)]]
+    routes = [form for form in routes if not form.missing]
     if not routes:
         return ExportTarget("gguf", False, False, "llama.cpp's converter reads none of the formats that carry it")
-    best = max(routes, key=lambda target: target.exact)
-    how = f"llama.cpp's converter, from an export to {best.format}"
-    return ExportTarget("gguf", True, best.exact, how if best.exact else f"{how}; {best.reason}")
+    best = min(routes, key=lambda form: (len(gguf_misreads(form.spec)), form.folded))
+    if misreads := gguf_misreads(best.spec):
+        return ExportTarget("gguf", False, False, "; ".join(misreads))
+    how = f"llama.cpp's converter, from an export to {best.spec.architecture}"
+    folded = f"; {'; '.join(best.adapters)} (--fold-gate-norm)" if best.folded else ""
+    return ExportTarget("gguf", True, not best.folded, how + folded)
+
+
+def _best_form(spec: ModelSpec, architecture: Architecture) -> Form:
+    """The exact form if there is one, else the folded one."""
+    form = form_of(spec, architecture, Unused())
+    return form_of(spec, architecture, Unused(), fold=True) if form.missing else form

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 from skymoe.base.errors import ConfigError
 from skymoe.convert.forms import EVERYTHING_UNUSED, Form, Unused, form_of
+from skymoe.convert.gguf import gguf_misreads
 from skymoe.export.config import Format
 from skymoe.spec.model import Architecture, ModelSpec
+
+_NATIVE = (Architecture.MIXTRAL, Architecture.QWEN2_MOE, Architecture.QWEN3_MOE, Architecture.OLMOE)
 
 
 def target_form(source: ModelSpec, format_: Format, unused: Unused, *, fold: bool = False) -> Form:
@@ -55,6 +58,8 @@ def remarks(spec: ModelSpec) -> tuple[str, ...]:
         told.append(f"{spec.num_dense_layers} dense layers stay dense (mlp_only_layers)")
     if moe and moe.num_experts & (moe.num_experts - 1):
         told.append(f"{moe.num_experts} experts: some tools want a power of two")
+    if spec.architecture in _NATIVE and (misreads := gguf_misreads(spec)):
+        told.append(f"no GGUF of it computes the same: {'; '.join(misreads)}")
     if spec.architecture is Architecture.SKYWORK_MOE and moe and moe.gate_norm:
         told.append("the released Skywork vLLM fork drops gate normalization on its main path")
     return tuple(told)
