@@ -197,8 +197,8 @@ def _loading(spec: ModelSpec) -> Iterator[str]:
     if is_own:
         yield "Where skymoe is installed, `import skymoe` before it makes `trust_remote_code` unnecessary."
     yield f"or\n\n```python\n{ours}\n```"
-    remote = " --trust-remote-code" if is_own else ""
-    yield f"vLLM: `vllm serve DIR{remote}`."
+    remote = " --trust-remote-code`, or without the option where skymoe is installed" if is_own else "`"
+    yield f"vLLM: `vllm serve DIR{remote}."
 
 
 def _licence(made: Made, licence_files: Sequence[str]) -> Iterator[str]:

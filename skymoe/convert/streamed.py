@@ -13,7 +13,7 @@ Shapes: B batch, T tokens, D model, V vocabulary, E experts; N tokens that are l
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -37,6 +37,7 @@ from skymoe.ops.norm import rms_norm
 from skymoe.spec.model import ModelSpec
 
 NOT_SCORED = -1  # a target that counts in no loss
+_LARGE_BYTES = 10**9  # of weights, from which on a pass takes seconds and shows its progress
 
 
 class RouterInput(NamedTuple):
@@ -199,10 +200,13 @@ class StreamedModel:
     def layers(self, x_BTD: Tensor, tokens_BT: Tensor) -> Iterator[RouterInput]:
         """Run the layers, changing `x_BTD` in place; after each, what its feed-forward was given."""
         inputs = self._model.attention_inputs(tokens_BT, BatchInfo(), None)
-        with progress("forward", self.spec.num_layers, "layer") as bar:
+        is_large = self._weights.num_bytes >= _LARGE_BYTES
+        shown = progress("forward", self.spec.num_layers, "layer") if is_large else nullcontext()
+        with shown as bar:
             for layer in range(self.spec.num_layers):
                 yield self._layer(layer, x_BTD, inputs)
-                bar.advance()
+                if bar is not None:
+                    bar.advance()
 
     def head(self) -> Iterator[tuple[range, Tensor]]:
         """The output projection (V, D) in blocks: which tokens of the vocabulary, and their rows in fp32."""

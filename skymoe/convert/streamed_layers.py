@@ -47,6 +47,11 @@ class Weights:
                 self.experts[key] = (*self.experts.get(key, ()), source)
         self.reached: set[tuple[str, int]] = set()
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all weights, as they are given out."""
+        return sum(source.num_bytes for source in self.parent.sources.values())
+
     def read(self, source: Source) -> Tensor:
         """All of `source`, in fp32."""
         return read_source([self.parent], source).float()
