@@ -51,7 +51,7 @@ def encode_e4m3(x: Tensor) -> Tensor:
     Raises:
         ValueError: `x` holds NaN.
     """
-    if bool(torch.isnan(x).any()):
+    if x.numel() and bool(x.amax().isnan()):
         raise ValueError("NaN has no place in FP8 weights")
     out = torch.empty(x.numel(), dtype=torch.float8_e4m3fn)
     encoder = _Encoder(1)
@@ -92,10 +92,12 @@ def scales(largest: Tensor) -> Tensor:
 def largest(weight_OI: Tensor, scheme: Fp8Scheme, block_size: tuple[int, int] = DEFAULT_BLOCK) -> Tensor:
     """The largest |W| of each group, fp32, of `spec.quantization.scale_shape`; NaN where the group holds NaN."""
     num_rows, num_columns = weight_OI.shape
+    height, width = block_size
     found = torch.zeros(scale_shape(scheme, weight_OI.shape, block_size))
     scratch = torch.empty(max(_CHUNK, num_columns))
     for rows in _strips(num_rows, scheme, block_size):
-        of_column_I = torch.zeros(num_columns)
+        of_column = torch.zeros(-(-num_columns // width) * width)  # whole blocks
+        of_column_I = of_column[:num_columns]
         for part in _chunks(rows, num_columns):
             x_RI = scratch[: len(part) * num_columns].view(len(part), num_columns)
             x_RI.copy_(weight_OI[part.start : part.stop]).abs_()
@@ -104,10 +106,9 @@ def largest(weight_OI: Tensor, scheme: Fp8Scheme, block_size: tuple[int, int] = 
             else:
                 torch.maximum(of_column_I, x_RI.amax(0), out=of_column_I)
         if scheme is Fp8Scheme.BLOCK:
-            blocks = (columns.amax() for columns in of_column_I.split(block_size[1]))
-            found[rows.start // block_size[0]] = torch.stack(list(blocks))
+            found[rows.start // height] = of_column.view(-1, width).amax(1)
         elif scheme is Fp8Scheme.TENSOR:
-            found = torch.maximum(found, of_column_I.amax())
+            found = torch.maximum(found, of_column.amax())
     return found
 
 
@@ -168,15 +169,18 @@ def rounding_error(
     block_size: tuple[int, int] = DEFAULT_BLOCK,
 ) -> RoundingError:  # fmt: skip
     """How far codes * scale is from `weight_OI`, in fp32. Raises ValueError where a code is NaN."""
-    squares = torch.zeros(2, dtype=torch.float64)
-    highest = torch.zeros(2)
+    squares, highest = torch.zeros(2, dtype=torch.float64), torch.zeros(2)
+    scratch = torch.empty(max(_CHUNK, weight_OI.shape[1]))
     for rows, x_RI in _decoded(codes_OI, scale, scheme, block_size, (0, 0)):
-        weight_RI = weight_OI[rows].float()
+        weight_RI = scratch[: x_RI.numel()].view(x_RI.shape).copy_(weight_OI[rows])
         for i, y_RI in enumerate((x_RI.sub_(weight_RI), weight_RI)):
-            squares[i] += torch.linalg.vector_norm(y_RI).double().square()
-            highest[i] = torch.maximum(highest[i], torch.linalg.vector_norm(y_RI, float("inf")))
-    rms, most = (squares[0] / squares[1]).sqrt(), highest[0] / highest[1]
-    return RoundingError(float(rms), float(most)) if highest[1] > 0 else RoundingError(0.0, 0.0)
+            y = y_RI.view(-1)
+            squares[i] += torch.dot(y, y)
+            low, high = y.aminmax()
+            highest[i] = torch.maximum(highest[i], torch.maximum(high, -low))
+    if highest[1] == 0:
+        return RoundingError(0.0, 0.0)
+    return RoundingError(float((squares[0] / squares[1]).sqrt()), float(highest[0] / highest[1]))
 
 
 def _decoded(

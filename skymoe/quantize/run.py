@@ -17,7 +17,7 @@ from skymoe.base.files import resumable_directory
 from skymoe.convert.apply import Read, make_common
 from skymoe.convert.documents import write_documents, write_record
 from skymoe.convert.exactness import Exactness
-from skymoe.convert.identity import conversion_fingerprint
+from skymoe.convert.identity import FileHashes, conversion_fingerprint
 from skymoe.convert.made import Made, record_parent
 from skymoe.convert.parents import Parent, open_parent
 from skymoe.convert.plan import Operation
@@ -51,21 +51,22 @@ def run(config: QuantizeConfig) -> QuantizeReport:
         plan = _plan(parent, config)
         options = config.model_dump(mode="json", exclude={"source", "out", "overwrite", "dry_run"})
         fingerprint = conversion_fingerprint(plan.conversion, [parent], options)
-        with resumable_directory(config.out, fingerprint, overwrite=config.overwrite) as staging:
+        told = remarks(plan, parent.spec)
+        staged = resumable_directory(config.out, fingerprint, overwrite=config.overwrite)
+        with staged as staging, FileHashes([source]) as hashes:
             errors = _write(plan, parent, staging, config)
             receipt = measure(source, staging, _PROMISE, num_tokens=config.receipt_tokens, seed=config.seed)
             made = Made(
                 command="quantize",
                 method=f"fp8 {config.scheme}",
-                parents=(record_parent(parent),),
+                parents=(record_parent(parent, hashes.result()[0]),),
                 summary=summary(plan, errors),
                 options=options,
                 seed=config.seed,
-                remarks=remarks(plan, parent.spec),
+                remarks=told,
             )
             write_record(staging, parent.spec, made, receipt)
-        counts = _counts(plan, remarks(plan, parent.spec))
-    return _report(counts, errors, receipt, written(config.out, time.monotonic() - started))
+    return _report(_counts(plan, told), errors, receipt, written(config.out, time.monotonic() - started))
 
 
 def dry_run(config: QuantizeConfig) -> PlannedQuantize:
