@@ -17,8 +17,13 @@ def printable(text: object, limit: int = 300) -> str:
     return escaped if len(escaped) <= limit else escaped[:limit] + "..."
 
 
+def _visible(text: str) -> str:
+    """`text` without control characters; line breaks stay. The last guard: names should be `printable` before."""
+    return text if text.isprintable() else "\n".join(printable(line, 10 * len(line)) for line in text.split("\n"))
+
+
 class SkymoeError(ValueError):
-    """A failure with an answer for the user.
+    """A failure with an answer for the user. Whatever stands in it, no control character reaches a terminal.
 
     Args:
         what: one sentence, what is wrong.
@@ -30,10 +35,11 @@ class SkymoeError(ValueError):
     exit_code = 2
 
     def __init__(self, what: str, *, where: object = "", why: str = "", hint: str = "") -> None:
-        self.what, self.where, self.why, self.hint = what, str(where), why, hint
-        lines = [f"{printable(where, 2000)}: {what}" if where else what]
-        lines += [f"  why: {why}"] if why else []
-        lines += [f"  try: {hint}"] if hint else []
+        self.what, self.why, self.hint = _visible(what), _visible(why), _visible(hint)
+        self.where = str(where)
+        lines = [f"{printable(where, 2000)}: {self.what}" if where else self.what]
+        lines += [f"  why: {self.why}"] if why else []
+        lines += [f"  try: {self.hint}"] if hint else []
         super().__init__("\n".join(lines))
 
 

@@ -164,8 +164,9 @@ def _architecture(fields: Fields) -> Architecture:
     model_type = fields.text("model_type", "")
     classes = fields.texts("architectures")
     if any(not name.endswith(_CLASS_SUFFIX) for name in classes):
+        told = printable(", ".join(classes[:9]), 200)
         raise fields.error(
-            "architectures", f"is {', '.join(classes)}: only causal language models (...{_CLASS_SUFFIX}) are supported"
+            "architectures", f"is {told}: only causal language models (...{_CLASS_SUFFIX}) are supported"
         )
     matches = [kind for kind, family in FAMILIES.items() if family.model_type == model_type]
     if not model_type:

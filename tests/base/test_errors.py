@@ -21,6 +21,12 @@ def test_hostile_names_are_escaped(hostile: str, shown: str) -> None:
     assert len(printable("x" * 10_000)) < 400
 
 
+def test_no_control_character_leaves_an_error() -> None:
+    error = SkymoeError("a\x1b[2J\nb", where="c\x07", why="d\x00" * 50, hint="\u202ee")
+    assert str(error) == "c\\x07: a\\x1b[2J\nb\n  why: " + "d\\x00" * 50 + "\n  try: \\u202ee"
+    assert error.what == "a\\x1b[2J\nb"
+
+
 def test_dtype_names_are_torchs_and_safetensors() -> None:
     torch = pytest.importorskip("torch")
     for dtype in DType:
