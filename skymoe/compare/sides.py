@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from skymoe.base.dtype import DType
 from skymoe.base.errors import FormatError
 from skymoe.compare.config import CompareConfig
 from skymoe.compare.pairs import logical_names, raw_names
@@ -27,7 +28,7 @@ class Side:
     Attributes:
         directory: where it is.
         spec: what it is; None in raw mode.
-        reader: its tensors; in raw mode as they are stored, else decoded.
+        reader: its tensors; in raw mode as they are stored, else FP8 is decoded to fp32, which is exact.
         names: logical place (in raw mode the name in the files) to where the values are.
         document: its config.json; empty when there is none.
     """
@@ -65,7 +66,7 @@ def open_sides(config: CompareConfig, stack: ExitStack) -> tuple[Side, Side, tup
 
 
 def _open_model(path: Path, number: int, stack: ExitStack) -> Side:
-    parent = stack.enter_context(open_parent(path, number))
+    parent = stack.enter_context(open_parent(path, number, decode_to=DType.FLOAT32))
     return Side(path, parent.spec, parent.reader, logical_names(parent.sources), read_config(path))
 
 

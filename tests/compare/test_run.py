@@ -24,6 +24,8 @@ from skymoe.compare.table import show
 from skymoe.model.init import initialize
 from skymoe.model.save import save_pretrained
 from skymoe.model.transformer import Transformer
+from skymoe.quantize.config import QuantizeConfig
+from skymoe.quantize.run import run as quantize
 from skymoe.spec.model import Architecture, GateNormSpec, ModelSpec, MoESpec
 from skymoe.upcycle.config import UpcycleConfig
 from skymoe.upcycle.run import run as upcycle
@@ -141,6 +143,23 @@ def test_number_formats(make: Make) -> None:
     assert "the same values, bfloat16 / float32" in text_of(report)
     rounded = compare(root / "x", narrow, tolerance=2**-8)
     assert rounded.exit_code == 0 and rounded.counts["different"] > 10
+
+
+@pytest.mark.parametrize("scheme", ["block", "channel", "tensor"])
+def test_fp8_against_its_source(make: Make, scheme: str) -> None:
+    """The documented tolerance: half a step of e4m3 at its largest number, since scales map the largest to 448."""
+    dense = make("dense", replace(DENSE, hidden_size=128, ffn_size=256, num_heads=2, num_kv_heads=2, head_dim=64))
+    fp8 = dense.parent / "fp8"
+    options = {"source": str(dense), "out": str(fp8), "scheme": scheme, "receipt_tokens": 0}
+    quantize(check_config(QuantizeConfig, options))
+    tolerance = 0.05 if scheme == "tensor" else 0.036  # one scale for q, k and v: their maxima differ
+    report = compare(dense, fp8, tolerance=tolerance)
+    assert report.exit_code == 0, text_of(report)
+    assert report.counts == {"different": 21, "same": 9} and not [row for row in report.fields if not row.equal]
+    row = row_of(report, "layers.1.mlp.up.weight")
+    assert row.right == "model.layers.1.mlp.up_proj.weight" and 0.005 < row.relative_rms < 0.04 and row.cosine > 0.999
+    assert compare(dense, fp8, tolerance=0.001).exit_code == 1
+    assert compare(fp8, fp8).exit_code == compare(fp8, fp8, raw=True).exit_code == 0
 
 
 def test_negative_zero_has_other_bits_and_the_same_value(make: Make) -> None:
