@@ -144,6 +144,8 @@ CONFIGS = {
     "model_type a path": field("model_type", '"../../evil"'),
     "model_type null, no classes": changed("dense", "model_type", model_type=None, architectures=[]),
     "architectures of something else": field("architectures", '["BertForMaskedLM"]'),
+    "architectures of 90,000 names": field("architectures", json.dumps(["x"] * 90_000)),
+    "architectures clear the screen": field("architectures", '["\\u001b[2J"]'),
     "architectures a number": field("architectures", "7"),
     "architectures of 10^6 names": field("architectures", json.dumps(["LlamaForCausalLM"] * 150_000)),
     "heads that do not divide": changed("dense", num_attention_heads=7),
