@@ -154,7 +154,7 @@ def _counts(plan: QuantizePlan, told: tuple[str, ...]) -> Counts:
 
 
 def _report(counts: Counts, errors: tuple[TensorError, ...], receipt: Receipt, files: Written) -> QuantizeReport:
-    losses = receipt.reference_loss, receipt.loss
+    before, after = receipt.reference_loss, receipt.loss
     return QuantizeReport(
         **vars(files),
         **vars(counts),
@@ -163,5 +163,5 @@ def _report(counts: Counts, errors: tuple[TensorError, ...], receipt: Receipt, f
         worst=audit.worst(errors),
         max_abs_dlogit=receipt.max_abs_dlogit,
         kl=receipt.kl,
-        loss_change=None if None in losses else losses[1] - losses[0],
+        loss_change=None if before is None or after is None else after - before,
     )
