@@ -18,6 +18,18 @@ class SkyMoeConfig(PreTrainedConfig):
     model_type = "skymoe"
     keys_to_ignore_at_inference = ["past_key_values"]
     attribute_map = {"num_experts": "num_local_experts"}
+    base_model_tp_plan = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+        "layers.*.mlp.experts.*.gate_proj": "colwise",
+        "layers.*.mlp.experts.*.up_proj": "colwise",
+        "layers.*.mlp.experts.*.down_proj": "rowwise",
+    }
 
     vocab_size: int = 32000
     hidden_size: int = 4096
@@ -66,7 +78,18 @@ class SkyMoeConfig(PreTrainedConfig):
         if self.layer_types is None:
             kind = "full_attention" if self.sliding_window is None else "sliding_attention"
             self.layer_types = [kind] * self.num_hidden_layers
+        self._adapt_tp_plan()
         super().__post_init__(**kwargs)
+
+    def _adapt_tp_plan(self):
+        if self.shared_expert_intermediate_size:
+            # Engines that reduce the experts' sum over the ranks do so after the shared expert was added to it: split
+            # or not, it would count once per rank. So there is no plan, and such models are not split.
+            self.base_model_tp_plan = None
+        elif self.qk_norm == "full":  # the norm sees all heads, so the ranks gather them first, as for OLMoE
+            plan = {f"layers.*.self_attn.{name}_proj": "colwise_gather_output" for name in "qkv"}
+            plan["layers.*.self_attn.o_proj"] = "rowwise_split_input"
+            self.base_model_tp_plan = self.base_model_tp_plan | plan
 
     def is_moe_layer(self, layer: int) -> bool:
         """Whether `layer` is a mixture of experts."""
