@@ -18,7 +18,7 @@ import yaml
 from skymoe import __version__
 from skymoe.base.errors import printable
 from skymoe.convert.made import Made, ParentRecord
-from skymoe.convert.receipt import Receipt
+from skymoe.convert.measured import Receipt
 from skymoe.spec.flops import count_parameters
 from skymoe.spec.model import Architecture, ModelSpec
 

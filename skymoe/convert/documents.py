@@ -16,7 +16,7 @@ from skymoe.base.dtype import DType
 from skymoe.base.files import write_atomic
 from skymoe.convert.card import model_card
 from skymoe.convert.made import Made, provenance
-from skymoe.convert.receipt import RECEIPT_NAME, Receipt
+from skymoe.convert.measured import RECEIPT_NAME, Receipt
 from skymoe.model.save import PROVENANCE_NAME, write_config_files, write_json
 from skymoe.spec.model import ModelSpec
 from skymoe.weights.companions import licence_names, read_companion, write_companions

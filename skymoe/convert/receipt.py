@@ -9,61 +9,15 @@ looked at: `experts_reached` says how many were. docs/receipt.md explains every 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-from skymoe.convert.exactness import Exactness, ExportTarget, export_targets
+from skymoe.convert.exactness import Exactness, export_targets
+from skymoe.convert.measured import Receipt
 from skymoe.convert.streamed import Comparison, streamed_compare
 from skymoe.convert.text import sample_tokens
 from skymoe.spec.hf import spec_from_directory
 
-RECEIPT_NAME = "receipt.json"
 _TOLERANCE = 1e-4  # of max |dlogit|, relative to the largest logit when that is above 1
-
-
-@dataclass(frozen=True)
-class Receipt:
-    """How a model compares at step 0 with the one it was made from. A figure is None where nothing was measured, or
-    where it is not a finite number; `reason` and `computed` tell which.
-
-    Attributes:
-        max_abs_dlogit: largest difference of any logit.
-        kl: KL(reference || model), mean nats per token.
-        max_abs_logit: largest logit of the reference, the scale of the first figure.
-        exact: the method is exact in real arithmetic, and the measurement agrees up to rounding.
-        reason: why.
-        num_tokens, seed: how many tokens were read, and what chose the random ones.
-        computed: how it was measured.
-        tokens: what was read: text or random.
-        reference_loss, loss: mean nats per scored token, before and after.
-        reference_perplexity, perplexity: e to the power of these.
-        top1_agreement: share of the tokens after which both name the same next token first.
-        experts_reached, num_experts: of the new model, over all its layers; 0 of 0 where it is dense.
-        exports: what becomes of the model in every export format.
-    """
-
-    max_abs_dlogit: float | None
-    kl: float | None
-    max_abs_logit: float | None
-    exact: bool
-    reason: str
-    num_tokens: int
-    seed: int
-    computed: str = "fp32, a few tensors at a time"
-    tokens: str = "none"
-    reference_loss: float | None = None
-    loss: float | None = None
-    reference_perplexity: float | None = None
-    perplexity: float | None = None
-    top1_agreement: float | None = None
-    experts_reached: int = 0
-    num_experts: int = 0
-    exports: tuple[ExportTarget, ...] = ()
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain data for receipt.json."""
-        return asdict(self)
 
 
 def measure(

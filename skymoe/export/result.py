@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
+from skymoe.convert.measured import Receipt
 from skymoe.convert.plan import ConversionPlan
 from skymoe.convert.result import Written
 from skymoe.export.config import Format
@@ -90,7 +91,8 @@ class ExportReport(Written):
         format, source_architecture, architecture: what was asked for, and the names on disk before and after.
         adapters: what was changed without a change of the function.
         remarks: what the user should know.
-        exact, reason, max_abs_dlogit, kl: the receipt, see `Receipt`; receipt.json has all of it.
+        exact, reason, max_abs_dlogit, kl: the essence of the receipt.
+        receipt: all of it, as in receipt.json.
         fold: what folding the gate normalization cost, None where there was nothing to fold.
     """
 
@@ -103,4 +105,5 @@ class ExportReport(Written):
     reason: str
     max_abs_dlogit: float | None
     kl: float | None
+    receipt: Receipt
     fold: Fold | None

@@ -23,9 +23,10 @@ from skymoe.convert.exactness import Exactness
 from skymoe.convert.forms import Form, Unused
 from skymoe.convert.identity import FileHashes, conversion_fingerprint
 from skymoe.convert.made import Made, record_parent
+from skymoe.convert.measured import Receipt
 from skymoe.convert.parents import Parent, open_parent
 from skymoe.convert.plan import ConversionPlan, Operation
-from skymoe.convert.receipt import Receipt, measure
+from skymoe.convert.receipt import measure
 from skymoe.convert.replay import replay
 from skymoe.convert.result import written
 from skymoe.export.config import ExportConfig
@@ -171,5 +172,6 @@ def _report(
         reason=receipt.reason,
         max_abs_dlogit=receipt.max_abs_dlogit,
         kl=receipt.kl,
+        receipt=receipt,
         fold=fold,
     )

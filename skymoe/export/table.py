@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from skymoe.base.errors import printable
+from skymoe.convert.measured import receipt_lines
 from skymoe.export.result import ExportReport, Fold, PlannedExport
 
 
@@ -17,10 +18,8 @@ def show(report: ExportReport, console: Console) -> None:
     where = printable(report.out, 2000)
     console.print(Text(f"{where}  {report.source_architecture} -> {report.architecture}, {size}", style="bold"))
     _notes(report, console)
-    measured = (
-        "" if report.max_abs_dlogit is None else f" (max |dlogit| {report.max_abs_dlogit:.2g}, KL {report.kl:.2g})"
-    )
-    console.print(Text(f"exact: {'yes' if report.exact else 'no'}{measured}: {printable(report.reason, 1000)}"))
+    for line in receipt_lines(report.receipt):
+        console.print(Text(printable(line, 1500)))
     if report.fold is not None:
         _fold(report.fold, console)
 

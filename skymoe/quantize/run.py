@@ -19,9 +19,10 @@ from skymoe.convert.documents import write_documents, write_record
 from skymoe.convert.exactness import Exactness
 from skymoe.convert.identity import FileHashes, conversion_fingerprint
 from skymoe.convert.made import Made, record_parent
+from skymoe.convert.measured import Receipt
 from skymoe.convert.parents import Parent, open_parent
 from skymoe.convert.plan import Operation
-from skymoe.convert.receipt import Receipt, measure
+from skymoe.convert.receipt import measure
 from skymoe.convert.replay import replay
 from skymoe.convert.result import Written, written
 from skymoe.model.save import write_json

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from skymoe.convert.measured import Receipt
 from skymoe.convert.plan import ConversionPlan
 from skymoe.convert.result import Written
 from skymoe.spec.model import ModelSpec
@@ -21,8 +22,9 @@ class UpcycleReport(Written):
         experts, top_k: of the new model.
         gate_norm: whether the gate is normalized.
         parameters, active_parameters: of the new model; the second is what one token uses.
-        max_abs_dlogit, kl, exact, reason: the receipt, see `Receipt`; receipt.json has all of it.
+        max_abs_dlogit, kl, exact, reason: the essence of the receipt.
         remarks: what the user should know.
+        receipt: all of it, as in receipt.json.
     """
 
     method: str
@@ -38,6 +40,7 @@ class UpcycleReport(Written):
     exact: bool
     reason: str
     remarks: tuple[str, ...]
+    receipt: Receipt
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,9 @@ from skymoe.base.log import logger
 from skymoe.convert.documents import write_documents, write_record
 from skymoe.convert.identity import FileHashes, conversion_fingerprint
 from skymoe.convert.made import Made, ParentRecord, record_parent
+from skymoe.convert.measured import Receipt
 from skymoe.convert.parents import Parent, open_parent
-from skymoe.convert.receipt import Receipt, measure
+from skymoe.convert.receipt import measure
 from skymoe.convert.replay import replay
 from skymoe.convert.result import written
 from skymoe.spec.flops import count_parameters
@@ -160,7 +161,7 @@ def _made(
         method=config.method.value,
         parents=records,
         summary=summary(config, conversion),
-        options=config.told() | decided | text,
+        options=dict(sorted((config.told() | decided | text).items())),
         seed=config.seed,
         remarks=conversion.remarks,
         new_routers=config.method is not Method.DUPLICATE and config.centroid_text is None,
@@ -195,4 +196,5 @@ def _report(config: UpcycleConfig, conversion: Conversion, receipt: Receipt, sec
         exact=receipt.exact,
         reason=receipt.reason,
         remarks=conversion.remarks,
+        receipt=receipt,
     )

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.text import Text
 
 from skymoe.base.errors import printable
+from skymoe.convert.measured import receipt_lines
 from skymoe.upcycle.result import PlannedUpcycle, UpcycleReport
 
 
@@ -15,10 +16,8 @@ def show(report: UpcycleReport, console: Console) -> None:
     console.print(Text(f"{printable(report.out, 2000)}  {_head(report)}", style="bold"))
     console.print(Text(f"{_counts(report)}, {size}"))
     _remarks(report, console)
-    measured = (
-        "" if report.max_abs_dlogit is None else f" (max |dlogit| {report.max_abs_dlogit:.2g}, KL {report.kl or 0:.2g})"
-    )
-    console.print(Text(f"exact: {'yes' if report.exact else 'no'}{measured}: {printable(report.reason, 1000)}"))
+    for line in receipt_lines(report.receipt):
+        console.print(Text(printable(line, 1500)))
 
 
 def show_plan(planned: PlannedUpcycle, console: Console) -> None:

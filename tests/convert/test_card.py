@@ -14,7 +14,7 @@ from skymoe.convert.card import code, model_card, sentence
 from skymoe.convert.exactness import export_targets
 from skymoe.convert.licence import Licence
 from skymoe.convert.made import Made, ParentRecord
-from skymoe.convert.receipt import Receipt
+from skymoe.convert.measured import Receipt
 from skymoe.spec.flops import count_parameters
 from skymoe.spec.model import Architecture, GateNormSpec, ModelSpec, MoESpec
 
