@@ -53,17 +53,22 @@ class WeightsReader:
         _check_parts(name, info, parts)
         if not parts:
             return self.tensor(name)
-        rows, inner = parts[0], tuple(slice(part.start, part.stop) for part in parts[1:])
-        row = TensorInfo(info.dtype, info.shape[1:])
-        out = empty(TensorInfo(info.dtype, (len(rows), *(len(p) for p in parts[1:]), *info.shape[len(parts) :])))
+        first_row, lead = 0, 0
+        while lead + 1 < len(parts) and len(parts[lead]) == 1:  # one expert of a stack: its rows lie together
+            first_row, lead = (first_row + parts[lead].start) * info.shape[lead + 1], lead + 1
+        rows, inner = parts[lead], tuple(slice(part.start, part.stop) for part in parts[lead + 1 :])
+        row = TensorInfo(info.dtype, info.shape[lead + 1 :])
+        out = empty(
+            TensorInfo(info.dtype, (len(rows), *(len(p) for p in parts[lead + 1 :]), *info.shape[len(parts) :]))
+        )
         step = max(len(rows), 1) if not inner else max(CHUNK_BYTES // max(row.num_bytes, 1), 1)
         for first in range(0, len(rows), step):
             count = min(step, len(rows) - first)
             block = empty(TensorInfo(info.dtype, (count, *row.shape))) if inner else out
-            file.read_into(name, bytes_of(block), start=(rows.start + first) * row.num_bytes)
+            file.read_into(name, bytes_of(block), start=(first_row + rows.start + first) * row.num_bytes)
             if inner:
                 out[first : first + count] = block[(slice(None), *inner)]
-        return out
+        return out[(None,) * lead]
 
     def close(self) -> None:
         """Close the files; harmless twice."""

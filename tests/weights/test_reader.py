@@ -12,7 +12,7 @@ from skymoe.base.dtype import DType
 from skymoe.base.errors import FormatError
 from skymoe.spec.split import Split
 from skymoe.weights.buffers import torch_dtype
-from skymoe.weights.header import TensorInfo
+from skymoe.weights.header import TensorFile, TensorInfo
 from skymoe.weights.reader import WeightsReader
 
 
@@ -70,6 +70,28 @@ def test_slices_equal_indexing(
         assert same(reader.slice("w.float16", range(7), range(5), range(1, 2)), whole[:, :, 1:2].contiguous())
         assert same(reader.slice("w.float16"), whole)
         assert reader.slice("w.float16", range(3, 3)).shape == (0, 5, 3)
+
+
+def test_one_of_a_stack_reads_no_more_than_its_rows(
+    tensors: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row block of one expert of a fused tensor is one piece of the file."""
+    sizes = []
+    read = TensorFile.read_into
+
+    def watched(self: TensorFile, name: str, buffer: memoryview, *, start: int = 0) -> None:
+        sizes.append(len(buffer))
+        read(self, name, buffer, start=start)
+
+    whole = tensors["w.float32"]
+    with WeightsReader(tmp_path) as reader:
+        monkeypatch.setattr(TensorFile, "read_into", watched)
+        for expert in range(7):
+            part = range(expert, expert + 1)
+            assert same(reader.slice("w.float32", part, range(1, 4)), whole[expert : expert + 1, 1:4].contiguous())
+            assert same(reader.slice("w.float32", part, range(3, 4), range(1, 3)), whole[expert, 3, 1:3][None, None])
+        assert sizes == [3 * 3 * 4, 2 * 4] * 7
+        assert reader.slice("w.float32", range(2, 3), range(2, 2)).shape == (1, 0, 3)
 
 
 def test_misuse_is_named(tensors: dict[str, torch.Tensor], tmp_path: Path) -> None:
