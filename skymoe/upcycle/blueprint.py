@@ -34,8 +34,7 @@ class Blueprint:
         gate_up_scale, down_scale: factors of the routed experts' matrices.
         assign: source of each expert; empty unless `specialists`.
         rest: where all other tensors come from.
-        clones: `duplicate`: how many times the parent's experts.
-        parent_top_k: `duplicate`: of the parent.
+        parent_experts, parent_top_k: `duplicate`: of the parent.
         router_noise: `duplicate`: on the router rows of the copies, relative to the deviation of all rows.
     """
 
@@ -49,9 +48,14 @@ class Blueprint:
     down_scale: float = 1.0
     assign: tuple[int, ...] = ()
     rest: Rest = Rest.BASE
-    clones: float = 1.0
+    parent_experts: int = 0
     parent_top_k: int = 0
     router_noise: float = 0.0
+
+    @property
+    def clones(self) -> float:
+        """`duplicate`: how many times the parent's experts."""
+        return self.moe.num_experts / self.parent_experts
 
     @property
     def router_rows(self) -> int:
@@ -187,7 +191,7 @@ def _duplicate(config: UpcycleConfig, base: ModelSpec) -> Blueprint:
         method=config.method,
         moe=moe,
         layers=base.moe_layers,
-        clones=experts / old.num_experts,
+        parent_experts=old.num_experts,
         parent_top_k=old.top_k,
         router_noise=noise,
     )

@@ -198,6 +198,8 @@ class UpcycleConfig(Config):
     def told(self) -> dict[str, Any]:
         """The options that this method reads, as JSON data: all that is needed to do it again, and no path."""
         unread = {name for name, methods in _READ_BY.items() if self.method not in methods}
+        unread |= set(_OF_NEW_ROUTERS) if self.method is Method.DUPLICATE else set()
+        unread |= {"centroid_tokens"} if self.centroid_text is None else set()
         places = {"sources", "out", "overwrite", "dry_run", "max_shard_bytes", "centroid_text"}
         return self.model_dump(mode="json", exclude=unread | places, exclude_none=True)
 

@@ -82,7 +82,7 @@ def make_expert(
         return Made(Zeros())
     match blueprint.method:
         case Method.DUPLICATE:
-            return duplicate(place, sources)
+            return duplicate(place, sources, blueprint)
         case Method.SPECIALISTS:
             return copy(expert, dense[blueprint.assign[expert.number]])
         case Method.COPY:
@@ -130,11 +130,10 @@ def partition(expert: Expert, dense: Dense, blueprint: Blueprint, config: Upcycl
     return Made(Shards(_source(expert, dense), expert.matrix.axis, blueprint.shards, scale, shuffle), expert.number)
 
 
-def duplicate(place: Place, sources: Sources) -> Made:
+def duplicate(place: Place, sources: Sources, blueprint: Blueprint) -> Made:
     """Expert i is expert i modulo n of the parent: the first ones come round once more where n does not divide."""
-    old = sum(1 for other in sources if other.parameter == place.parameter and other.rows == place.rows)
     assert place.expert is not None
-    return Made(Copy(sources[replace(place, expert=place.expert % old)]))
+    return Made(Copy(sources[replace(place, expert=place.expert % blueprint.parent_experts)]))
 
 
 def shared_expert(layer: int, matrix: Matrix, dense: Dense, blueprint: Blueprint) -> Made:

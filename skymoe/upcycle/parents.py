@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from skymoe.base.errors import ConfigError
-from skymoe.spec.model import ModelSpec
+from skymoe.spec.model import ModelSpec, RopeSpec
 from skymoe.upcycle.config import Method, Shared, UpcycleConfig
 
 _OWN = ("bos_id", "eos_ids", "pad_id", "init_std")  # specialists may differ here: the base's are kept
@@ -61,13 +61,17 @@ def _check_mixture(config: UpcycleConfig, spec: ModelSpec) -> None:
 
 
 def _check_agreement(config: UpcycleConfig, source: object, spec: ModelSpec, base: ModelSpec) -> None:
-    for field in dataclasses.fields(ModelSpec):
-        ours, theirs = getattr(spec, field.name), getattr(base, field.name)
-        if ours != theirs and field.name not in _OWN:
-            what = f"{field.name} is {_shown(ours)}, but {_shown(theirs)} in {config.sources[0]}"
-            why = "specialists are branches of one model"
-            raise ConfigError(what, where=source, why=why)
+    for (name, ours), (_, theirs) in zip(_values(spec), _values(base), strict=True):
+        if ours != theirs and name not in _OWN:
+            what = f"{name} is {ours}, but {theirs} in {config.sources[0]}"
+            raise ConfigError(what, where=source, why="specialists are branches of one model")
 
 
-def _shown(value: object) -> str:
-    return str(value) if value is not None else "none"
+def _values(spec: ModelSpec) -> Iterator[tuple[str, object]]:
+    """Name and value of every field, those of the rotary embedding one by one."""
+    for field in dataclasses.fields(spec):
+        value = getattr(spec, field.name)
+        if isinstance(value, RopeSpec):
+            yield from ((f"rope.{part.name}", getattr(value, part.name)) for part in dataclasses.fields(value))
+        else:
+            yield field.name, value

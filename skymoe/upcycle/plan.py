@@ -6,6 +6,7 @@ become one step, so that a dense matrix that turns into eight equal experts is r
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from skymoe.upcycle.blueprint import Blueprint, draw_blueprint
 from skymoe.upcycle.config import Method, Rest, RouterInit, UpcycleConfig
 from skymoe.upcycle.exactness import promise
 from skymoe.upcycle.methods import Expert, Made, Matrix, Sources, make_expert, shared_expert
-from skymoe.upcycle.operations import Average, Centroids, CloneRows, Random
+from skymoe.upcycle.operations import Average, Centroids, CloneRows, Random, Shards
 from skymoe.upcycle.target import target_spec
 from skymoe.weights.names import Place, tensor_table
 
@@ -41,6 +42,24 @@ class Conversion:
     plan: ConversionPlan
     promise: Exactness
     remarks: tuple[str, ...]
+
+    @property
+    def main_dtype(self) -> DType:
+        """The element type of most bytes."""
+        sizes: dict[DType, int] = {}
+        for target in self.plan.tensors:
+            sizes[target.dtype] = sizes.get(target.dtype, 0) + target.num_bytes
+        return max(sizes, key=lambda dtype: sizes[dtype])
+
+    @property
+    def rounds(self) -> bool:
+        """Whether weights are rounded to 16 bits on the way: then logits may differ although the method is exact."""
+        return any(
+            target.dtype.itemsize < 4 and (target.dtype is not source.dtype or not _is_power_of_2(step.operation))
+            for step in self.plan.steps
+            for target in step.targets
+            for source in step.operation.sources[:1]
+        )
 
 
 def plan_conversion(
@@ -152,6 +171,11 @@ class _Planner:
             return Made(Zeros())
         rows, width = place.shape
         return Made(Random(rows, width, self.target.init_std, f"{self.config.seed}/{place.parameter}"))
+
+
+def _is_power_of_2(operation: Operation) -> bool:
+    """Whether its factor only moves exponents."""
+    return not isinstance(operation, (Copy, Shards)) or math.frexp(operation.scale)[0] == 0.5
 
 
 def _matrix(place: Place) -> Matrix:

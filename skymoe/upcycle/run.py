@@ -6,7 +6,6 @@ nothing at OUT, and one that is killed is taken up by the same command.
 
 from __future__ import annotations
 
-import math
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -61,7 +60,7 @@ def run(config: UpcycleConfig) -> UpcycleReport:
             replay(
                 conversion.plan, parents, staging, make, name="upcycle", max_shard_bytes=config.max_shard_bytes
             )  # fmt: skip
-            write_documents(staging, conversion.target, _main_dtype(conversion), [p.directory for p in parents])
+            write_documents(staging, conversion.target, conversion.main_dtype, [p.directory for p in parents])
             receipt = _receipt(config, conversion, parents, staging)
             made = _made(config, conversion, _records(parents, hashes), tokens_BT)
             write_record(staging, conversion.target, made, receipt)
@@ -98,10 +97,14 @@ def dry_run(config: UpcycleConfig) -> PlannedUpcycle:
 
 @contextmanager
 def _open_parents(config: UpcycleConfig) -> Iterator[tuple[Parent, ...]]:
-    decode_to = DType.FLOAT32 if config.dtype is DType.FLOAT32 else DType.BFLOAT16
     with ExitStack() as stack:
-        opened = [open_parent(path, number, decode_to=decode_to) for number, path in enumerate(config.sources)]
+        opened = [open_parent(path, i, decode_to=_decode_to(config)) for i, path in enumerate(config.sources)]
         yield tuple(stack.enter_context(parent) for parent in opened)
+
+
+def _decode_to(config: UpcycleConfig) -> DType:
+    """The type of what an FP8 parent holds in 8 bits."""
+    return DType.FLOAT32 if config.dtype is DType.FLOAT32 else DType.BFLOAT16
 
 
 def _decide(config: UpcycleConfig, parents: Sequence[Parent], tokens_BT: Tensor | None) -> Conversion:
@@ -133,17 +136,8 @@ def _receipt(config: UpcycleConfig, conversion: Conversion, parents: Sequence[Pa
         conversion.promise,
         num_tokens=config.receipt_tokens,
         seed=config.seed,
-        narrowed=_narrowed(conversion, parents[0]),
+        narrowed=conversion.rounds or (bool(parents[0].reader.scaled) and _decode_to(config) is DType.BFLOAT16),
     )
-
-
-def _narrowed(conversion: Conversion, base: Parent) -> bool:
-    """Whether weights were rounded on the way: then logits may differ although the method is exact."""
-    dtype, blueprint = _main_dtype(conversion), conversion.blueprint
-    if dtype.itemsize > 2:
-        return False
-    inexact = any(math.frexp(factor)[0] != 0.5 for factor in (blueprint.gate_up_scale, blueprint.down_scale))
-    return bool(base.reader.scaled) or dtype is not base.match.dtype or inexact  # powers of two do not round
 
 
 def _records(parents: Sequence[Parent], hashes: FileHashes) -> tuple[ParentRecord, ...]:
@@ -166,10 +160,6 @@ def _made(
         remarks=conversion.remarks,
         new_routers=config.method is not Method.DUPLICATE and config.centroid_text is None,
     )
-
-
-def _main_dtype(conversion: Conversion) -> DType:
-    return next(target.dtype for target in conversion.plan.tensors if target.name == "model.embed_tokens.weight")
 
 
 def _free_space(out: Path) -> int:
