@@ -76,8 +76,8 @@ def _front_matter(spec: ModelSpec, made: Made, licence_files: Sequence[str]) -> 
     if names and made.command in _RELATIONS:
         data["base_model_relation"] = _RELATIONS[made.command]
     data |= _license_fields(made.parents, licence_files)
-    tags = ["skymoe", made.command, spec.architecture.value]
-    data["tags"] = [*tags, *(["moe", "mixture-of-experts"] if spec.moe else [])]
+    tags = ["skymoe", made.command, spec.architecture.value, *(["moe", "mixture-of-experts"] if spec.moe else [])]
+    data["tags"] = list(dict.fromkeys(tags))
     return str(yaml.safe_dump(data, sort_keys=False, allow_unicode=False, width=1000))
 
 
