@@ -50,7 +50,7 @@ def run(config: ExportConfig) -> ExportReport:
         MachineError: no space, no permission.
     """
     started = time.monotonic()
-    with open_parent(config.source) as parent:
+    with open_parent(config.source, decode_to=_decode_to(config)) as parent:
         form = _form(parent, config)
         fitted = fit(parent, config) if form.folded else None
         factors = fitted.temperatures if fitted else None
@@ -75,7 +75,7 @@ def dry_run(config: ExportConfig) -> PlannedExport:
     Raises:
         FormatError, ConfigError: as `run`.
     """
-    with open_parent(config.source) as parent:
+    with open_parent(config.source, decode_to=_decode_to(config)) as parent:
         form = _form(parent, config)
         factors = dict.fromkeys(form.spec.moe_layer_ids, None) if form.folded else None
         plan = plan_export(parent.sources, form.spec, dtype=config.dtype, factors=factors)
@@ -128,7 +128,8 @@ def _accepted(fitted: Fitted, staging: Path, config: ExportConfig) -> Fold:
 
 
 def _receipt(parent: Parent, plan: ConversionPlan, form: Form, staging: Path, config: ExportConfig) -> Receipt:
-    narrowed = _main_dtype(plan).itemsize < parent.match.dtype.itemsize
+    rounded = bool(parent.reader.scaled) and _decode_to(config) is DType.BFLOAT16  # the receipt decodes FP8 to fp32
+    narrowed = rounded or _main_dtype(plan).itemsize < parent.match.dtype.itemsize
     return measure(
         config.source,
         staging,
@@ -152,6 +153,11 @@ def _made(parent: Parent, hashes: Mapping[str, str], form: Form, options: Mappin
         options=options,
         remarks=tuple(told),
     )
+
+
+def _decode_to(config: ExportConfig) -> DType:
+    """What the weights of an FP8 source become on the way."""
+    return DType.FLOAT32 if config.dtype is DType.FLOAT32 else DType.BFLOAT16
 
 
 def _main_dtype(plan: ConversionPlan) -> DType:
