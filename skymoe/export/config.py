@@ -49,7 +49,7 @@ class ExportConfig(Config):
     dtype: DType | None = None
     fold_gate_norm: bool = False
     text: Path | None = None
-    max_kl: float = Field(default=0.02, gt=0)
+    max_kl: float = Field(default=0.005, gt=0)
     text_tokens: int = Field(default=8192, ge=64, le=2**20)
     sequence_length: int = Field(default=512, ge=8, le=65536)
     dry_run: bool = False

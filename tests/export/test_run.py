@@ -15,6 +15,8 @@ from skymoe.base.errors import ConfigError, FormatError
 from skymoe.export.config import ExportConfig
 from skymoe.export.run import dry_run, run
 from skymoe.model.load import load
+from skymoe.quantize.config import QuantizeConfig
+from skymoe.quantize.run import run as quantize
 from skymoe.spec.hf import spec_from_directory
 from skymoe.spec.model import Architecture, QkNorm
 from skymoe.upcycle.config import UpcycleConfig
@@ -106,6 +108,22 @@ def test_fused_experts_come_out_one_by_one(oracle, tmp_path):
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("source", "out"))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("scheme", ["block", "channel", "tensor"])
+def test_fp8_is_multiplied_out(scheme, oracle, tmp_path):
+    sizes, fp8 = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 8}, tmp_path / "fp8"
+    source = oracle.make(tmp_path / "source", "mixtral", **sizes)
+    quantize(check_config(QuantizeConfig, {"source": str(source), "out": str(fp8), "scheme": scheme}))
+    assert torch.float8_e4m3fn in {tensor.dtype for tensor in load_file(fp8 / "model.safetensors").values()}
+    wide = run(request(fp8, tmp_path / "wide", "qwen2_moe", dtype="float32"))
+    assert wide.exact
+    check_same(fp8, tmp_path / "wide", oracle)
+    kept = run(request(fp8, tmp_path / "kept", "mixtral"))
+    assert (kept.exact, "rounded" in kept.reason) == (False, True)  # code times scale has more digits than bfloat16
+    types = {name: tensor.dtype for name, tensor in load_file(tmp_path / "kept" / "model.safetensors").items()}
+    assert types["model.layers.0.block_sparse_moe.experts.3.w2.weight"] == torch.bfloat16
+    assert types["model.layers.0.block_sparse_moe.gate.weight"] == torch.float32  # never quantized
 
 
 # ---- adapters
