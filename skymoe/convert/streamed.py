@@ -79,7 +79,6 @@ class Comparison:
     experts_reached: int
 
 
-@torch.no_grad()
 def streamed_logits(directory: Path, tokens_BT: Tensor) -> Tensor:
     """Logits (B, T, V) in fp32 of the model in `directory`. Raises FormatError."""
     with open_streamed(directory) as model:
@@ -87,7 +86,6 @@ def streamed_logits(directory: Path, tokens_BT: Tensor) -> Tensor:
         return torch.cat([F.linear(hidden_BTD, rows_CD) for _, rows_CD in model.head()], dim=-1)
 
 
-@torch.no_grad()
 def streamed_losses(directory: Path, tokens_BT: Tensor) -> Tensor:
     """-log p of every next token, (B, T - 1) fp64 nats. Never holds the logits of more than a block of the vocabulary.
 
@@ -103,7 +101,6 @@ def streamed_losses(directory: Path, tokens_BT: Tensor) -> Tensor:
     return running.losses().view_as(targets_BT)[:, :-1]
 
 
-@torch.no_grad()
 def streamed_compare(
     reference: Path, model: Path, tokens_BT: Tensor, *, targets_BT: Tensor | None = None
 ) -> Comparison:
@@ -144,7 +141,6 @@ def streamed_compare(
     )
 
 
-@torch.no_grad()
 def router_inputs(directory: Path, tokens_BT: Tensor) -> Iterator[RouterInput]:
     """The hidden states that enter the feed-forward of each layer, in layer order.
 
@@ -190,6 +186,7 @@ class StreamedModel:
         rows = [reader.slice(name, range(token, token + 1)) for token in ids.tolist()]
         return torch.cat(rows).float()[inverse_BT]
 
+    @torch.no_grad()
     def hidden(self, tokens_BT: Tensor) -> Tensor:
         """Hidden states after the final norm, (B, T, D)."""
         x_BTD = self.embed(tokens_BT)
@@ -197,6 +194,7 @@ class StreamedModel:
             pass
         return rms_norm(x_BTD, self._weights.read(self._weights.plain["norm.weight"]), self.spec.norm_eps)
 
+    @torch.no_grad()
     def layers(self, x_BTD: Tensor, tokens_BT: Tensor) -> Iterator[RouterInput]:
         """Run the layers, changing `x_BTD` in place; after each, what its feed-forward was given."""
         inputs = self._model.attention_inputs(tokens_BT, BatchInfo(), None)

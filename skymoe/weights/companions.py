@@ -91,8 +91,15 @@ def write_companions(directory: Path, contents: Mapping[str, bytes]) -> None:
 
 def _entries(directory: Path) -> Iterator[str]:
     """Names in `directory`, in order; those that cannot be shown or are very long are not among them."""
-    with os.scandir(directory) as found:
-        names = [entry.name for entry in islice(found, _MAX_ENTRIES)]
+    try:
+        with os.scandir(directory) as found:
+            names = [entry.name for entry in islice(found, _MAX_ENTRIES + 1)]
+    except FileNotFoundError:
+        return iter(())  # a tokenizer's directory may vanish during a long training
+    except OSError as error:
+        raise FormatError(f"the directory cannot be read: {error.strerror}", where=directory) from error
+    if len(names) > _MAX_ENTRIES:
+        raise FormatError(f"more than {_MAX_ENTRIES} files", where=directory, why="no model directory has so many")
     return (name for name in sorted(names) if len(name) <= _MAX_NAME and name.isprintable() and name[0] != ".")
 
 
