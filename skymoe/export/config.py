@@ -38,7 +38,7 @@ class ExportConfig(Config):
         sequence_length: of the fold: tokens read together.
         dry_run: plan and count, write nothing.
         seed: of the receipt's tokens.
-        receipt_tokens: length of each of the receipt's random sequences; 0 writes no measurements.
+        receipt_tokens: length of each of the receipt's sequences (docs/receipt.md); 0 writes no measurements.
         max_shard_bytes: most bytes in one weight file.
         overwrite: replace an existing output directory.
     """

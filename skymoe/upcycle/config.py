@@ -149,7 +149,7 @@ class UpcycleConfig(Config):
         format: architecture of the output.
         dtype: of the output's weights; None keeps the source's.
         seed: of everything random, and of the receipt's tokens.
-        receipt_tokens: length of each of the receipt's two random sequences; 0 writes no measurements.
+        receipt_tokens: length of each of the receipt's sequences (docs/receipt.md); 0 writes no measurements.
         max_shard_bytes: most bytes in one weight file.
         overwrite: replace an existing output directory.
         dry_run: plan only; nothing is written.
