@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from skymoe.base.errors import ConfigError, FormatError, MissingExtraError, printable
-from skymoe.base.inside import read_inside
+from skymoe.base.inside import inside, read_inside
 from skymoe.base.strict_json import read_json_object
 
 END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
@@ -64,16 +66,19 @@ class TextTokenizer:
 
     def encode_documents(self, texts: Sequence[str], dtype: npt.DTypeLike) -> list[npt.NDArray[Any]]:
         """The ids of each text and the end token; no other special token. All cores."""
-        encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        with _failures("this text cannot be tokenized", self.source):
+            encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array([*encoding.ids, self.eos_id], dtype) for encoding in encodings]
 
     def encode(self, text: str) -> list[int]:
         """The ids of a prompt, with what the tokenizer puts before it (Llama: the begin token)."""
-        return list(self.backend.encode(text, add_special_tokens=True).ids)
+        with _failures("this text cannot be tokenized", self.source):
+            return list(self.backend.encode(text, add_special_tokens=True).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, special tokens left out."""
-        return str(self.backend.decode(list(ids), skip_special_tokens=True))
+        with _failures("these tokens cannot be made text", self.source):
+            return str(self.backend.decode(list(ids), skip_special_tokens=True))
 
     def save(self, directory: Path) -> None:
         """Write a directory that `transformers.AutoTokenizer.from_pretrained` loads, as the source had it."""
@@ -143,13 +148,12 @@ def load_tokenizer(path: Path, *, eos_token: str | None = None) -> TextTokenizer
             where=path,
             hint="transformers.AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) writes one",
         )
+    if path.is_dir():
+        inside(path, file.name)
     read_json_object(file, max_bytes=_MAX_TOKENIZER_BYTES)  # regular, bounded, JSON: before the library sees it
-    try:
-        backend = _library().Tokenizer.from_file(str(file))
-    except MissingExtraError:
-        raise
-    except Exception as error:  # the library raises nothing narrower
-        raise FormatError(f"this is not a tokenizer: {printable(error)}", where=file) from error
+    library = _library()
+    with _failures("this is not a tokenizer", file):
+        backend = library.Tokenizer.from_file(str(file))
     backend.no_padding()  # tokenizer.json may carry both; documents are neither cut nor filled up
     backend.no_truncation()
     backend.encode_special_tokens = True
@@ -161,11 +165,23 @@ def load_tokenizer(path: Path, *, eos_token: str | None = None) -> TextTokenizer
 
 
 def _eos_from_config(path: Path) -> str | None:
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
+    inside(path.parent, path.name)
     token = read_json_object(path, max_bytes=_MAX_CONFIG_BYTES).get("eos_token")
     content = token.get("content") if isinstance(token, dict) else token
     return content if isinstance(content, str) else None
+
+
+@contextmanager
+def _failures(what: str, where: object) -> Iterator[None]:
+    """The library raises bare `Exception`, and for a panic of its Rust code something that is none."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise FormatError(f"{what}: {printable(error)}", where=where or "") from error
 
 
 def _library() -> Any:

@@ -103,6 +103,39 @@ def test_broken_tokenizers_are_refused(tmp_path: Path, content: str) -> None:
         token_byte_lengths(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "//////////8="}},
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "BAAAAGFiY2Q="}},
+        {"post_processor": {"type": "TemplateProcessing", "pair": [], "special_tokens": {},
+                            "single": [{"SpecialToken": {"id": "[X]", "type_id": 0}}]}},
+        {"decoder": {"type": "Strip", "content": "a", "start": 99, "stop": 99}},
+        {"model": {"type": "WordLevel", "vocab": {"a": 0, "</s>": 1}, "unk_token": "zz"}},
+    ],
+)  # fmt: skip
+def test_panics_of_the_library_are_errors(tmp_path: Path, parts: dict[str, object]) -> None:
+    """A panic of its Rust code is no `Exception`; it must not pass by those who handle one."""
+    names = ("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder")
+    model = {"type": "BPE", "vocab": {"a": 0, "</s>": 1}, "merges": []}
+    whole = {"version": "1.0", "added_tokens": [], "model": model, **dict.fromkeys(names), **parts}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
+    with pytest.raises(FormatError, match=r"not a tokenizer|cannot be (tokenized|made text)"):
+        tokenizer = load_tokenizer(tmp_path, eos_token="</s>")
+        tokenizer.encode("h\u00e9llo a \u2581")
+        tokenizer.encode_documents(["h\u00e9llo a \u2581"], "int64")
+        tokenizer.decode([0, 1])
+
+
+def test_links_out_of_the_directory_are_refused(tmp_path: Path, tokenizer: TextTokenizer) -> None:
+    tokenizer.save(tmp_path / "outside")
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "tokenizer.json").symlink_to("../outside/tokenizer.json")
+    with pytest.raises(FormatError, match="leads out"):
+        load_tokenizer(tmp_path / "t")
+    assert load_tokenizer(tmp_path / "t" / "tokenizer.json").vocab_size == tokenizer.vocab_size  # a file the user named
+
+
 def test_a_missing_tokenizer_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="save_pretrained"):
         load_tokenizer(tmp_path)
