@@ -119,7 +119,7 @@ def _accepted(fitted: Fitted, staging: Path, config: ExportConfig) -> Fold:
     if fold.kl > config.max_kl:
         raise ConfigError(
             f"folding the gate normalization changes the model too much: KL {fold.kl:.3g} nats per token on held-out "
-            f"text, perplexity {fold.perplexity_before:.4g} -> {fold.perplexity_after:.4g}",
+            f"text, perplexity {fold.perplexity_after / fold.perplexity_before - 1:+.2%}",
             where=config.source,
             why=f"the limit is {config.max_kl:g} (max_kl)",
             hint="--format skymoe is exact; or train the router a little without the normalization; or raise --max-kl",
