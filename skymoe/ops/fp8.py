@@ -170,14 +170,13 @@ def rounding_error(
 ) -> RoundingError:  # fmt: skip
     """How far codes * scale is from `weight_OI`, in fp32. Raises ValueError where a code is NaN."""
     squares, highest = torch.zeros(2, dtype=torch.float64), torch.zeros(2)
-    scratch = torch.empty(max(_CHUNK, weight_OI.shape[1]))
+    scratch, unit = torch.empty(max(_CHUNK, weight_OI.shape[1])), 1 / scale.max()  # keeps the squares in range
     for rows, x_RI in _decoded(codes_OI, scale, scheme, block_size, (0, 0)):
         weight_RI = scratch[: x_RI.numel()].view(x_RI.shape).copy_(weight_OI[rows])
         for i, y_RI in enumerate((x_RI.sub_(weight_RI), weight_RI)):
-            y = y_RI.view(-1)
-            squares[i] += torch.dot(y, y)
-            low, high = y.aminmax()
+            low, high = y_RI.mul_(unit).aminmax()
             highest[i] = torch.maximum(highest[i], torch.maximum(high, -low))
+            squares[i] += y_RI.square_().sum(-1).double().sum()  # by rows: the same for any number of threads
     if highest[1] == 0:
         return RoundingError(0.0, 0.0)
     return RoundingError(float((squares[0] / squares[1]).sqrt()), float(highest[0] / highest[1]))

@@ -29,7 +29,7 @@ NUM_WORST = 8
 def measure_matrix(name: str, weight_OI: Tensor, codes_OI: Tensor, scale: Tensor, scheme: Fp8Scheme) -> TensorError:
     """The figures of one matrix, called `name` in the output."""
     error = rounding_error(weight_OI, codes_OI, scale, scheme)
-    return TensorError(name, error.rms, error.max)
+    return TensorError(name, _rounded(error.rms), _rounded(error.max))
 
 
 def complete(
@@ -67,4 +67,9 @@ def as_json(errors: Sequence[TensorError], scheme: Fp8Scheme) -> dict[str, Any]:
 
 def mean_rms(errors: Sequence[TensorError]) -> float:
     """The mean over the matrices; 0 of none."""
-    return fsum(error.rms for error in errors) / max(len(errors), 1)
+    return _rounded(fsum(error.rms for error in errors) / max(len(errors), 1))
+
+
+def _rounded(figure: float) -> float:
+    """To 5 digits: beyond them, sums in fp32 depend on the machine."""
+    return float(f"{figure:.5g}")

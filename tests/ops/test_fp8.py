@@ -150,8 +150,10 @@ def test_zeros_tiny_and_huge_weights(scheme: Fp8Scheme) -> None:
         codes, scale = quantize(weight, scheme)
         assert torch.isfinite(scale).all() and (scale > 0).all()
         assert torch.allclose(dequantize(codes, scale, scheme, torch.float32), weight, rtol=1e-6)
+        assert max(rounding_error(weight, codes, scale, scheme)) < 1e-6
     codes, scale = quantize(torch.full((3, 3), 1e-44), scheme)  # below every normal number: lost, but sound
     assert (scale > 0).all() and torch.isfinite(dequantize(codes, scale, scheme)).all()
+    assert rounding_error(torch.full((3, 3), 1e-44), codes, scale, scheme) == (1.0, 1.0)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
