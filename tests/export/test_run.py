@@ -54,6 +54,7 @@ def check_same(source, out, oracle):
         ("olmoe", {"norm_topk_prob": True, "tie_word_embeddings": True}, "skymoe"),
         ("llama", {"attention_bias": True, "mlp_bias": True}, "skymoe"),
         ("qwen3", {}, "skymoe"),
+        ("llama", {"hidden_size": 48, "num_attention_heads": 6}, "skywork"),
     ],
 )
 def test_what_transformers_made(model_type, changes, format_, oracle, tmp_path):
