@@ -10,6 +10,7 @@ The package `tokenizers` (extra `text`) does the work on all cores; TOKENIZERS_P
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
@@ -150,7 +151,10 @@ def load_tokenizer(path: Path, *, eos_token: str | None = None) -> TextTokenizer
         )
     if path.is_dir():
         inside(path, file.name)
-    read_json_object(file, max_bytes=_MAX_TOKENIZER_BYTES)  # regular, bounded, JSON: before the library sees it
+    content = read_json_object(
+        file, max_bytes=_MAX_TOKENIZER_BYTES
+    )  # regular, bounded, JSON: before the library sees it
+    _check_tables(content, file)
     library = _library()
     with _failures("this is not a tokenizer", file):
         backend = library.Tokenizer.from_file(str(file))
@@ -171,6 +175,20 @@ def _eos_from_config(path: Path) -> str | None:
     token = read_json_object(path, max_bytes=_MAX_CONFIG_BYTES).get("eos_token")
     content = token.get("content") if isinstance(token, dict) else token
     return content if isinstance(content, str) else None
+
+
+def _check_tables(value: Any, where: Path) -> None:
+    """Refuse a normalization table that claims to be longer than it is: the library allocates what it claims (8 GB)."""
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _check_tables(item, where)
+    table = value.get("precompiled_charsmap") if isinstance(value, dict) else None
+    if isinstance(table, str):
+        try:
+            raw = base64.b64decode(table, validate=True)
+        except ValueError:
+            return  # the library says so too
+        if len(raw) < 4 or int.from_bytes(raw[:4], "little") > len(raw) - 4:
+            raise FormatError("precompiled_charsmap is cut off", where=where)
 
 
 @contextmanager
