@@ -96,17 +96,18 @@ def at_forward(number: int, fault: Callable[[Block, torch.Tensor], torch.Tensor 
 
 
 class Killer:
-    """Kills its own process at the n-th event inside the package: a Python call, or a C call such as fsync or rename.
+    """Signals its own process at the n-th event inside the package: a Python call, or a C call such as fsync or rename.
 
     Counting events of the main thread under `sys.setprofile` makes "any point of training or of a save" a number.
 
     Args:
-        at: the event before which to die; None only counts.
+        at: the event before which the signal comes; None only counts.
         within: name of a function; events count only while it is on the stack (or anywhere, if empty).
+        number: of the signal.
     """
 
-    def __init__(self, at: int | None, within: str = "") -> None:
-        self.at, self.within, self.count, self.depth = at, within, 0, 0
+    def __init__(self, at: int | None, within: str = "", number: int = signal.SIGKILL) -> None:
+        self.at, self.within, self.count, self.depth, self.number = at, within, 0, 0, number
         self._package = str(Path(sys.modules["skymoe"].__file__).parent)
 
     def __enter__(self) -> Killer:
@@ -125,4 +126,4 @@ class Killer:
             return
         self.count += 1
         if self.count == self.at:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), self.number)

@@ -73,6 +73,29 @@ def copied(make: Build, *says: str) -> Case:
     return Case(make, refused="copying", says=says)
 
 
+def tokenizer(**parts: object) -> Build:
+    """A tokenizer.json that is one, but for `parts`."""
+    model = {"type": "BPE", "vocab": {"a": 0, "</s>": 1}, "merges": []}
+    names = ("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder")
+    whole = {"version": "1.0", "added_tokens": [], "model": model, **dict.fromkeys(names), **parts}
+    return write("tokenizer.json", json.dumps(whole).encode())
+
+
+BACKTRACKING = {"type": "Split", "pattern": {"Regex": "([a-z ]+)+[0-9]{5}$"}, "behavior": "Isolated", "invert": False}
+TEMPLATE = [{"SpecialToken": {"id": "[X]", "type_id": 0}}]
+PADDING = {"strategy": {"Fixed": 10**12}, "direction": "Right", "pad_id": 0, "pad_type_id": 0, "pad_token": "a"}
+TOKENIZERS: dict[str, dict[str, object]] = {  # the library panics over most of these, and aborts over the padding
+    "a table that is none": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "//////////8="}},
+    "a table that is cut off": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "BAAAAGFiY2Q="}},
+    "a pattern without end": {"pre_tokenizer": BACKTRACKING},
+    "a token nobody knows": {
+        "post_processor": {"type": "TemplateProcessing", "single": TEMPLATE, "pair": [], "special_tokens": {}}
+    },
+    "a decoder past the end": {"decoder": {"type": "Strip", "content": "a", "start": 99, "stop": 99}},
+    "padding to 10^12": {"padding": PADDING | {"pad_to_multiple_of": None}},
+    "numbers past the vocabulary": {"model": {"type": "BPE", "vocab": {"a": 2**32 - 1, "</s>": 1}, "merges": []}},
+}
+
 WILD_YAML = b"---\nlicense: !!python/object/apply:os.system ['id']\na: &a [*a, *a]\n---\n\x1b[2J\0"
 NONSENSE = json.dumps({"parent": "\x1b[2J", "skymoe": {"a": [1] * 9}}).encode()
 TOKENIZER, GENERATION = "tokenizer.json", "generation_config.json"
@@ -88,6 +111,7 @@ BESIDE = {
     "tokenizer a socket": copied(socket_file(TOKENIZER), TOKENIZER, "regular"),
     "tokenizer a directory": copied(folder(TOKENIZER), TOKENIZER, "regular"),
     "tokenizer of 1 TB": copied(sparse(TOKENIZER, 10**12), TOKENIZER, "larger"),
+    **{f"tokenizer with {name}": Case(tokenizer(**parts), refused="none") for name, parts in TOKENIZERS.items()},
     "template of 1 TB": copied(sparse("chat_template.jinja", 10**12), "chat_template.jinja", "larger"),
     "template of code": Case(
         write("chat_template.jinja", b"{{ ''.__class__.__mro__[1] }}{% for i in range(10**9) %}{% endfor %}"),

@@ -28,6 +28,8 @@ from skymoe.compare.config import CompareConfig
 from skymoe.compare.run import run as compare
 from skymoe.export.config import ExportConfig, Format
 from skymoe.export.run import run as export
+from skymoe.generate.config import GenerateConfig
+from skymoe.generate.run import run as generate
 from skymoe.inspect.config import InspectConfig
 from skymoe.inspect.run import run as inspect
 from skymoe.model.load import load
@@ -79,6 +81,7 @@ JOBS: dict[str, Callable[[Path, Path], object]] = {
     "quantize": lambda model, out: quantize(
         QuantizeConfig(source=str(model), out=out, scheme=Fp8Scheme.CHANNEL, receipt_tokens=5)
     ),
+    "generate": lambda model, out: generate(GenerateConfig(model=model, prompt="a", max_tokens=2)),
     "merge-check": lambda model, out: compare(CompareConfig(left=model, right=model.parent / VICTIM)),
     "merge-check --raw": lambda model, out: compare(CompareConfig(left=model, right=model, raw=True)),
 }
@@ -100,7 +103,8 @@ def must_refuse(case: Case, job: str) -> bool:
 
 def may_refuse(case: Case, job: str) -> bool:
     """Whether `job` is allowed to."""
-    return case.refused in ("all", "model", "values", "maybe") or must_refuse(case, job)
+    reads_tokenizer = job == "generate"  # and cannot do without one; the others pass it on
+    return case.refused in ("all", "model", "values", "maybe") or must_refuse(case, job) or reads_tokenizer
 
 
 def main(scratch: Path, answers: Path) -> None:

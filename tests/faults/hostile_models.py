@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from faults.hostile_beside import BESIDE
+from faults.hostile_beside import BESIDE, tokenizer
 from faults.hostile_configs import CONFIGS
 from faults.hostile_fp8 import FP8, QUANTIZED, SCALE
 from faults.hostile_headers import HEADERS
@@ -44,7 +44,7 @@ CASES: dict[str, Case] = {f"{table}: {name}": case for table, cases in _TABLES.i
 
 def save(spec: ModelSpec, path: Path, max_shard_bytes: int = 10**9) -> Path:
     save_pretrained(initialize(Transformer(spec), 0), path, max_shard_bytes=max_shard_bytes)
-    (path / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}}')
+    tokenizer()(path)
     (path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
     return path
 
