@@ -28,6 +28,7 @@ from torch import Tensor
 
 Floats = npt.NDArray[np.float64]
 _BLOCK = 1 << 16  # values: half a MiB per array
+_LANES = 1 << 16  # of a sum; unlike the size of a block, part of the definition
 _DRAWS_PER_COUNT = 4  # Philox4x64 makes four words of each value of its counter
 
 
@@ -66,27 +67,29 @@ def choice(n: int, count: int, key: str) -> Tensor:
 
 
 def mean_and_std(values: Tensor) -> tuple[float, float]:
-    """Mean and unbiased deviation (0 for one value) of all of `values`, summed in a fixed order."""
-    count = values.numel()
-    mean = _ordered_sum(values, 0.0, square=False) / count
-    squares = _ordered_sum(values, mean, square=True)
-    return mean, math.sqrt(squares / max(count - 1, 1))
+    """Mean and unbiased deviation (0 for one value) of all of `values`: fp64 sums in a fixed order.
+
+    Lane i of 65536 adds up the values i, i + 65536, ..., and the lanes are folded in half until one is left. Relative
+    to the first value, so that a mean far from 0 costs no digits.
+    """
+    flat, count = values.detach().contiguous().view(-1), values.numel()
+    first = float(flat[0])
+    sums, squares, lane = (torch.zeros(_LANES, dtype=torch.float64) for _ in range(3))
+    for chunk in flat.split(_LANES):
+        part = lane[: chunk.numel()]
+        part.copy_(chunk).sub_(first)
+        sums[: chunk.numel()].add_(part)
+        squares[: chunk.numel()].add_(part.mul_(part))
+    total = _folded(sums)
+    variance = max(_folded(squares) - total * total / count, 0.0) / max(count - 1, 1)
+    return first + total / count, math.sqrt(variance)
 
 
-def _ordered_sum(values: Tensor, shift: float, *, square: bool) -> float:
-    """Sum of x - shift (or of its square) in fp64: blocks are folded in half until one value is left, then added up."""
-    total = 0.0
-    for chunk in values.detach().contiguous().view(-1).split(1 << 20):
-        block = chunk.double() - shift
-        if square:
-            block *= block
-        padded = torch.zeros(1 << max(block.numel() - 1, 0).bit_length(), dtype=torch.float64)
-        padded[: block.numel()] = block
-        while padded.numel() > 1:
-            half = padded.numel() // 2
-            padded = padded[:half] + padded[half:]
-        total += float(padded)
-    return total
+def _folded(lanes: Tensor) -> float:
+    while lanes.numel() > 1:
+        half = lanes.numel() // 2
+        lanes = lanes[:half] + lanes[half:]
+    return float(lanes)
 
 
 def _fill(shape: tuple[int, ...], key: str, transform: Callable[[Floats], Floats]) -> Tensor:

@@ -24,7 +24,7 @@ GOLDEN = {
     "uniform": "f58b8bda222ab9924e0d28568aee19af462b1e509fdf7d651c53f7f677b9beb0",
     "permutation": "6d371ebb037537130cb7ce49d52da967fc4f00a7af0237a2e663f17a73631d64",
     "choice": "80c73e17daaf69185b9b3bbf6eedaf131836fb70b82358f0becb85e7f077e5ae",
-    "moments": "aeaf0ea4397d10674866d9be1bdd4c4858fb77a2b7027d9fb8ad810b48b50f16",
+    "moments": "23d95e6fb0113b23393fe9010ef248eece00d7aea331cf1dd7aa336998d8f8e1",
 }
 
 
