@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -293,6 +296,38 @@ def test_gate_normalization_is_carried_or_refused(tmp_path):
 def test_impossible_requests(options, told, tmp_path):
     with pytest.raises(ConfigError, match=told):
         check_config(ExportConfig, {"source": "a", "out": "b", "format": "mixtral", **options})
+
+
+def test_a_killed_export_leaves_nothing_at_the_output_and_goes_on(tmp_path):
+    source = random_directory(tmp_path / "source", NORMED)
+    code = """
+import sys, time
+import skymoe.export.run as module
+from skymoe.base.config import check_config
+from skymoe.export.config import ExportConfig
+
+def wait(*arguments, **options):
+    print("measuring", flush=True)
+    time.sleep(60)
+
+module.measure = wait
+options = {"source": sys.argv[1], "out": sys.argv[2], "format": "skywork", "max_shard_bytes": 40_000}
+module.run(check_config(ExportConfig, options))
+"""
+    child = subprocess.Popen([sys.executable, "-c", code, source, tmp_path / "out"], stdout=subprocess.PIPE)
+    assert child.stdout.readline() == b"measuring\n"  # all weights are written, nothing is published
+    child.send_signal(signal.SIGKILL)
+    child.wait(timeout=30)
+    child.stdout.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.partial", "source"]
+    shards = {path.name: path.stat().st_mtime_ns for path in (tmp_path / ".out.partial").rglob("*.safetensors")}
+    options = {"max_shard_bytes": 40_000}
+    assert run(request(source, tmp_path / "out", "skywork", **options)).exact
+    assert shards == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.safetensors")}
+    run(request(source, tmp_path / "fresh", "skywork", **options))
+    for path in (tmp_path / "fresh").iterdir():
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path.name
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fresh", "out", "source"]
 
 
 def test_a_source_that_is_no_model(tmp_path):
