@@ -117,9 +117,9 @@ def write_quantization(spec: QuantizationSpec) -> dict[str, Any]:
     kept = list(spec.not_converted)
     match spec.style:
         case QuantizationStyle.TRANSFORMERS:
-            block = {"weight_block_size": list(spec.block_size)} if spec.scheme is Fp8Scheme.BLOCK else {}
+            block = list(spec.block_size) if spec.scheme is Fp8Scheme.BLOCK else None
             head = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
-            return {**head, **block, "modules_to_not_convert": kept}
+            return {**head, "weight_block_size": block, "modules_to_not_convert": kept}
         case QuantizationStyle.AUTO_FP8:
             return {"quant_method": "fp8", "activation_scheme": "dynamic", "ignored_layers": kept}
         case QuantizationStyle.COMPRESSED_TENSORS:

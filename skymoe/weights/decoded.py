@@ -15,6 +15,7 @@ from torch import Tensor
 
 from skymoe.base.dtype import DType
 from skymoe.base.errors import FormatError, printable
+from skymoe.base.log import logger
 from skymoe.ops.fp8 import MAX_SCALE, dequantize
 from skymoe.weights.buffers import torch_dtype
 from skymoe.weights.header import TensorInfo
@@ -45,6 +46,8 @@ class DecodedReader(WeightsReader):
         except BaseException:
             self.close()
             raise
+        if passed := self._listing.activation_scales:
+            logger.info("%s: %d scales of activations are not used (%s, ...)", directory, len(passed), passed[0])
 
     @property
     def scaled(self) -> Mapping[str, Scaled]:

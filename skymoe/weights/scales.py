@@ -12,7 +12,7 @@ tensor. Only where config.json is silent (June 2024's vLLM was told on its comma
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,9 +75,6 @@ def list_tensors(directory: Path, tensors: Mapping[str, TensorInfo], *, decode_t
         schemes = ", ".join(sorted({pair.scheme for pair in listing.scaled.values()}))
         told = "" if quantization else "; config.json does not say so, the scales' shapes do"
         logger.debug("%s: %d FP8 weights (%s)%s", directory, len(listing.scaled), schemes, told)
-    if listing.activation_scales:
-        count, example = len(listing.activation_scales), listing.activation_scales[0]
-        logger.info("%s: %d scales of activations are not used (%s, ...)", directory, count, example)
     return listing
 
 
@@ -101,7 +98,8 @@ def pair_scales(
             what = f"config.json says that the weights are FP8 ({quantization.scheme}), but no tensor is"
             raise FormatError(what, where=where, why=_DISAGREE, hint=f"remove {FIELD} if the weights are plain")
         return Listing(tensors, {}, ())
-    scaled = {name: _pair(name, tensors, quantization, where) for name in weights}
+    kept = frozenset(quantization.not_converted) if quantization else frozenset()
+    scaled = {name: _pair(name, tensors, quantization, kept, where) for name in weights}
     passed = tuple(name for name in tensors if name.endswith(ACTIVATION_SCALES))
     hidden = {pair.scale for pair in scaled.values()}.union(passed)
     _refuse_lonely_scales(tensors, hidden, where)
@@ -113,7 +111,13 @@ def pair_scales(
     return Listing(logical, scaled, passed)
 
 
-def _pair(name: str, tensors: Mapping[str, TensorInfo], quantization: QuantizationSpec | None, where: object) -> Scaled:
+def _pair(
+    name: str,
+    tensors: Mapping[str, TensorInfo],
+    quantization: QuantizationSpec | None,
+    kept: Collection[str],
+    where: object,
+) -> Scaled:
     info = tensors[name]
     if info.dtype is DType.FLOAT8_E5M2:
         raise FormatError(f"tensor {name} is {info.dtype}", where=where, why="of the FP8 formats only e4m3 is read")
@@ -129,7 +133,7 @@ def _pair(name: str, tensors: Mapping[str, TensorInfo], quantization: Quantizati
         raise FormatError(f"tensor {found[0]} is {scale.dtype}", where=where, why="scales are plain floats")
     if quantization is None:
         return Scaled(info, found[0], _scheme_of(name, info, found[0], scale, where), DEFAULT_BLOCK)
-    if _is_kept(name.removesuffix(_WEIGHT), quantization.not_converted):
+    if _is_kept(name.removesuffix(_WEIGHT), kept):
         what = f"tensor {name} is FP8, but config.json says that this module is not converted"
         raise FormatError(what, where=where, why=_DISAGREE)
     scheme, block = quantization.scheme, quantization.block_size
@@ -162,11 +166,10 @@ def _scheme_of(name: str, weight: TensorInfo, scale_name: str, scale: TensorInfo
     raise FormatError(what, where=where, why=f"expected one of {shapes}")
 
 
-def _is_kept(module: str, kept: tuple[str, ...]) -> bool:
+def _is_kept(module: str, kept: Collection[str]) -> bool:
     """Whether `module`, or a module around it, is named in full. Patterns are not followed."""
-    names = set(kept)
     parts = module.split(".")
-    return any(".".join(parts[:end]) in names for end in range(1, len(parts) + 1))
+    return any(".".join(parts[:end]) in kept for end in range(1, len(parts) + 1))
 
 
 def _refuse_lonely_scales(tensors: Mapping[str, TensorInfo], known: set[str], where: object) -> None:

@@ -3,6 +3,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from skymoe.base.errors import FormatError
 from skymoe.spec.fields import Fields
@@ -143,3 +145,23 @@ def test_scale_shapes() -> None:
     assert scale_shape(Fp8Scheme.BLOCK, (129, 128)) == (2, 1)
     assert scale_shape(Fp8Scheme.CHANNEL, (129, 128)) == (129, 1)
     assert scale_shape(Fp8Scheme.TENSOR, (129, 128)) == ()
+
+
+JUNK = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(base=st.sampled_from([DEEPSEEK, COMPRESSED, AUTO_FP8]), data=st.data())
+@settings(max_examples=200, deadline=None)
+def test_junk_is_refused_or_read(base: dict[str, Any], data: st.DataObject) -> None:
+    """One field of a real config replaced: a spec, or an error of ours."""
+    section = {**base, data.draw(st.sampled_from(sorted(base))): data.draw(JUNK)}
+    try:
+        spec = read(section)
+    except FormatError as error:
+        assert "config.json" in str(error)
+    else:
+        assert spec is not None and read(write_quantization(spec)) == spec

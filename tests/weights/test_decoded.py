@@ -85,6 +85,16 @@ def test_scales_of_other_shapes_and_types(tmp_path: Path, scheme: Fp8Scheme, sha
         )
 
 
+def test_transformers_form_of_one_scale_per_matrix(tmp_path: Path) -> None:
+    tensors, value = example(Fp8Scheme.TENSOR)
+    tensors = {name.replace("_scale", "_scale_inv"): tensor for name, tensor in tensors.items()}
+    config = BLOCK | {"weight_block_size": None, "activation_scheme": "static"}
+    tensors["x.activation_scale"] = torch.tensor(0.5)
+    with DecodedReader(write(tmp_path / "m", tensors, config), decode_to=DType.FLOAT32) as reader:
+        assert list(reader.names()) == ["x.weight", "norm.weight"]
+        assert torch.equal(reader.tensor("x.weight"), value)
+
+
 @pytest.mark.parametrize("scheme", list(Fp8Scheme))
 def test_without_a_config_the_shape_of_the_scale_decides(tmp_path: Path, scheme: Fp8Scheme) -> None:
     """June 2024: vLLM was told on its command line that a model is FP8."""
