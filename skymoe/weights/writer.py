@@ -6,8 +6,8 @@ Memory is bounded by the tensor at hand. The bytes depend on the plan and the te
 At the end the writer proves that nothing is missing.
 
 A shard is `NAME.part` until all its tensors are on the disk (fsync), and only then `NAME`. So whatever kills the
-process, a file under its name is whole, and a later writer of the same plan may keep it (`resume`). A thread does the
-waiting for the disk: the kernel alone would let it idle until gigabytes are pending, and the end would wait for them.
+process, a file under its name is whole, and a later writer of the same plan may keep it (`resume`). The bytes go past
+the page cache where the system allows it (`bulk.py`).
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from io import FileIO
 from pathlib import Path
 from types import MappingProxyType
@@ -28,11 +27,11 @@ from skymoe.base.dtype import DType
 from skymoe.base.errors import FormatError, printable
 from skymoe.base.files import ensure_free_space, fsync_dir, machine_errors, write_atomic
 from skymoe.weights.buffers import bytes_of, info_of
-from skymoe.weights.header import Header, TensorInfo, plan_file, write_all
+from skymoe.weights.bulk import BulkFile, Disk
+from skymoe.weights.header import Header, TensorInfo, plan_file
 from skymoe.weights.index import INDEX_NAME, SINGLE_NAME
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
-_SYNC_BYTES = 256 * 2**20  # at most twice as much waits for the disk
 _METADATA = MappingProxyType({"format": "pt"})  # transformers refuses files without it
 
 
@@ -73,7 +72,7 @@ class ShardedWriter:
         paths = [directory / name for name in _shard_names(len(shards))]
         self._shards = [_Shard(path, *plan_file(shard, metadata)) for path, shard in zip(paths, shards, strict=True)]
         self._shard_of = {name: shard for shard in self._shards for name in shard.header.tensors}
-        self._disk = _Disk()
+        self._disk = Disk()
         with machine_errors(directory):
             finished = [shard for shard in self._shards if shard.begin(resume)]
         self.done = frozenset(name for shard in finished for name in shard.header.tensors)
@@ -144,8 +143,7 @@ class _Shard:
         self.missing = set(header.tensors)
         self._part = path.with_name(f"{path.name}.part")
         self._prefix = prefix
-        self._pending_bytes = 0
-        self._file: FileIO | None = None
+        self._file: BulkFile | None = None
 
     def begin(self, resume: bool) -> bool:
         """Look at what is there; whether it is this shard, finished. What is not is removed."""
@@ -162,24 +160,19 @@ class _Shard:
         self.missing.clear()
         return True
 
-    def write(self, name: str, data: memoryview, disk: _Disk) -> None:
+    def write(self, name: str, data: memoryview, disk: Disk) -> None:
         """Put the bytes of tensor `name` at their place; the last one makes `disk` finish the file."""
         with machine_errors(self.path):
             if self._file is None:
-                self._file = FileIO(self._part, "xb")
-                write_all(self._file, self._prefix)
-            self._file.seek(self.header.offsets[name])
-            write_all(self._file, data)
+                self._file = BulkFile(self._part, disk)
+                self._file.write(memoryview(self._prefix), 0)
+            self._file.write(data, self.header.offsets[name])
             self.missing.discard(name)
-            self._pending_bytes += len(data)
             if not self.missing:
                 disk.start(self._finish, self._file)
-            elif self._pending_bytes >= _SYNC_BYTES:
-                self._pending_bytes = 0
-                disk.start(os.fsync, self._file.fileno())
 
-    def _finish(self, file: FileIO) -> None:
-        os.fsync(file.fileno())
+    def _finish(self, file: BulkFile) -> None:
+        file.sync()
         file.close()
         os.rename(self._part, self.path)
 
@@ -187,29 +180,6 @@ class _Shard:
         """Close the file as it is."""
         if self._file is not None:
             self._file.close()
-
-
-class _Disk:
-    """A thread that waits for the disk. One action at a time: who starts the next waits for the last, and its error."""
-
-    def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="disk")
-        self._last: Future[None] | None = None
-
-    def start(self, action: Callable[..., None], *arguments: object) -> None:
-        """Do `action(*arguments)` soon."""
-        self.wait()
-        self._last = self._pool.submit(action, *arguments)
-
-    def wait(self) -> None:
-        """Until the last action is done; its error rises here."""
-        if self._last is not None:
-            last, self._last = self._last, None
-            last.result()
-
-    def close(self) -> None:
-        """End the thread; an error that nobody waited for is lost. Harmless twice."""
-        self._pool.shutdown()
 
 
 def _check_plan(plan: Sequence[tuple[str, DType, Sequence[int]]]) -> dict[str, TensorInfo]:

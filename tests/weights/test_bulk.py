@@ -1,0 +1,93 @@
+"""Writes past the page cache: the same bytes as ordinary ones, whatever the offsets, the order and the file system."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+from skymoe.weights import bulk
+from skymoe.weights.bulk import BLOCK, BUFFER_BYTES, BulkFile, Disk
+
+SIZES = [3, 2**20 + 1, BUFFER_BYTES, 2 * BUFFER_BYTES + 12_345, 2**20 - 1, BLOCK, 2**20, 3 * 2**20 - 7]
+
+
+def written(path: Path, seed: int) -> tuple[bytes, bytes]:
+    """What the file holds and what it should hold, after pieces of `SIZES` at ragged offsets in random order."""
+    draw = random.Random(seed)
+    pieces, end = [], 0
+    for size in draw.sample(SIZES, len(SIZES)):
+        pieces.append((end, draw.randbytes(size)))
+        end += size
+    disk = Disk()
+    file = BulkFile(path, disk)
+    for offset, data in draw.sample(pieces, len(pieces)):
+        own = bytearray(data)
+        file.write(memoryview(own), offset)
+        own[:] = bytes(len(own))  # the caller may reuse its memory
+    disk.wait()
+    file.sync()
+    disk.close()
+    file.close()
+    file.close()
+    return path.read_bytes(), b"".join(data for _, data in pieces)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_order_and_alignment(tmp_path: Path, seed: int) -> None:
+    found, expected = written(tmp_path / "file", seed)
+    assert found == expected
+
+
+def test_file_systems_without_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused when the file is opened, refused at the write, taken in part: all end with the same bytes."""
+    pwrite, calls = os.pwrite, []
+
+    def partly(descriptor: int, data: memoryview, offset: int) -> int:
+        calls.append(len(data))
+        if len(calls) % 3 == 1:
+            return pwrite(descriptor, data[: (len(data) + 1) // 2], offset)
+        if len(calls) % 3 == 2 and len(data) % BLOCK == 0 and offset % BLOCK == 0:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return pwrite(descriptor, data, offset)
+
+    monkeypatch.setattr(bulk, "_O_DIRECT", 0)
+    found, expected = written(tmp_path / "a", 0)
+    assert found == expected
+    monkeypatch.setattr(bulk, "_open_direct", lambda path: os.open(path, os.O_WRONLY))
+    monkeypatch.setattr(bulk, "_write_all", _write_all)
+    monkeypatch.setattr(os, "pwrite", partly)
+    found, expected = written(tmp_path / "b", 1)
+    assert found == expected
+    assert len(calls) > 3
+
+
+def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
+    os.lseek(descriptor, offset, os.SEEK_SET)
+    while data:
+        data = data[os.write(descriptor, data) :]
+
+
+def test_the_failure_of_a_large_write_rises_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = Disk()
+    file = BulkFile(tmp_path / "file", disk)
+
+    def full(descriptor: int, data: memoryview, offset: int) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(OSError, match="No space left"):
+        file.write(memoryview(bytes(2 * BUFFER_BYTES)), 0)
+        disk.wait()
+    disk.close()
+    file.close()
+
+
+def test_an_existing_file_is_not_touched(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("theirs")
+    with pytest.raises(FileExistsError):
+        BulkFile(tmp_path / "file", Disk())
+    assert (tmp_path / "file").read_text() == "theirs"
