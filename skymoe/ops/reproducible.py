@@ -28,7 +28,7 @@ from torch import Tensor
 
 Floats = npt.NDArray[np.float64]
 _BLOCK = 1 << 16  # values: half a MiB per array
-_LANES = 1 << 16  # of a sum; unlike the size of a block, part of the definition
+_LANES = 1 << 14  # of a sum: part of the definition. So few that torch starts no threads for them
 _DRAWS_PER_COUNT = 4  # Philox4x64 makes four words of each value of its counter
 
 
@@ -69,7 +69,7 @@ def choice(n: int, count: int, key: str) -> Tensor:
 def mean_and_std(values: Tensor) -> tuple[float, float]:
     """Mean and unbiased deviation (0 for one value) of all of `values`: fp64 sums in a fixed order.
 
-    Lane i of 65536 adds up the values i, i + 65536, ..., and the lanes are folded in half until one is left. Relative
+    Lane i of 16384 adds up the values i, i + 16384, ..., and the lanes are folded in half until one is left. Relative
     to the first value, so that a mean far from 0 costs no digits.
     """
     flat, count = values.detach().contiguous().view(-1), values.numel()
