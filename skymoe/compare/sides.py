@@ -58,8 +58,8 @@ def open_sides(config: CompareConfig, stack: ExitStack) -> tuple[Side, Side, tup
     if not problems:
         return sides[0], sides[1], ()
     if sides or config.experts:
-        error = problems[0]
-        raise FormatError(error.what, where=error.where, why=error.why, hint=error.hint or _HINT) from error
+        first = problems[0]
+        raise FormatError(first.what, where=first.where, why=first.why, hint=first.hint or _HINT) from first
     raw = _open_raw(config.left, 0, stack), _open_raw(config.right, 1, stack)
     notes = (f"compared by the names in the files: {problem.where}: {problem.what}" for problem in problems)
     return *raw, tuple(dict.fromkeys(notes))

@@ -85,10 +85,11 @@ class TextTokenizer:
         """Write a directory that `transformers.AutoTokenizer.from_pretrained` loads, as the source had it."""
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "tokenizer.json").write_bytes(self.json)
-        for name in _TOKENIZER_FILES if self.source else ():
-            content = read_inside(self.source, name, max_bytes=_MAX_TOKENIZER_BYTES)
-            if content is not None:
-                (directory / name).write_bytes(content)
+        if self.source is not None:
+            for name in _TOKENIZER_FILES:
+                content = read_inside(self.source, name, max_bytes=_MAX_TOKENIZER_BYTES)
+                if content is not None:
+                    (directory / name).write_bytes(content)
         config = directory / "tokenizer_config.json"
         if not config.exists():
             config.write_text(json.dumps(self._transformers_config(), indent=2) + "\n", encoding="utf-8")
