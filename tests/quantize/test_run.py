@@ -134,6 +134,8 @@ def test_every_scheme_loads_here(oracle: Any, tmp_path: Path, family: str, schem
     difference = (fp8.float()(tokens()) - skymoe.load(source).float()(tokens())).abs().max()
     assert report.max_abs_dlogit and 0 < difference < 20 * report.max_abs_dlogit  # other tokens, same size
     assert inspect(InspectConfig(model=str(tmp_path / "fp8"))).bytes.by_dtype["float8_e4m3fn"] > 0
+    if scheme is Fp8Scheme.BLOCK:
+        check_like_transformers(tmp_path / "fp8")
 
 
 def test_fused_matrices_have_one_scale_by_tensor(oracle: Any, tmp_path: Path) -> None:
