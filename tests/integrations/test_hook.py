@@ -23,6 +23,7 @@ assert type(AutoModel.from_config(config)).__name__ == "SkyMoeModel"
 
 
 MORE_ORDERS = [
+    "import skymoe",
     "import transformers, skymoe",
     "from transformers import AutoModelForCausalLM; import skymoe",
     "import skymoe, importlib; importlib.reload(skymoe)",
@@ -46,7 +47,6 @@ def run(code: str, *arguments: object, check: bool = True, **env: str) -> subpro
 @pytest.mark.parametrize(
     "first",
     [
-        "import skymoe",
         "from transformers import AutoConfig; import skymoe",
         "import skymoe; from transformers import LlamaForCausalLM",  # in the middle of which the auto classes load
         *[pytest.param(order, marks=pytest.mark.slow) for order in MORE_ORDERS],
