@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from skymoe.convert.parents import open_parent
@@ -40,6 +43,12 @@ def sources(options, parents, oracle, tmp_path):
         case "duplicate":
             return [parents("mixtral")]
     return [parents("llama")]
+
+
+def test_the_documentation_has_the_same_rows_and_answers():
+    text = (Path(__file__).parents[2] / "docs" / "upcycling.md").read_text("utf-8")
+    table = re.findall(r"^\| ([^|]+) \| (no|\*\*yes\*\*) \|", text, flags=re.MULTILINE)
+    assert table == [(row.name, "**yes**" if row.exact else "no") for row in ROWS]
 
 
 def test_every_row_has_a_case():
