@@ -199,6 +199,8 @@ def test_gates_that_are_the_same_by_arithmetic(oracle, tmp_path):
     assert "unbiased" in report.adapters[0]
     assert any("drops gate normalization" in remark for remark in report.remarks)
     check_same(source, tmp_path / "skywork", oracle)
+    assert run(request(tmp_path / "skywork", tmp_path / "skymoe", "skymoe")).exact
+    check_same(source, tmp_path / "skymoe", oracle)
 
 
 # ---- formats, documents, refusals
