@@ -119,6 +119,8 @@ def _read_skymoe(fields: Fields, num_layers: int) -> dict[str, Any]:
 def _read_qk_norm(fields: Fields) -> QkNorm | None:
     if "qk_norm" not in fields:
         return None
+    if isinstance(fields.raw("qk_norm"), bool):  # as files said before there was a second form
+        return QkNorm.HEAD if fields.flag("qk_norm") else None
     name = fields.text("qk_norm")
     for norm in QkNorm:
         if norm == name:

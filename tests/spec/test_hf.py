@@ -322,7 +322,9 @@ def test_the_form_of_the_qk_norm_is_read_by_name():
     config = config_from_spec(ODD)
     assert spec_from_config(config | {"qk_norm": "full"}).qk_norm is QkNorm.FULL
     assert spec_from_config(config | {"qk_norm": None}).qk_norm is None
-    for bad in ("heads", True, 1, ["full"]):
+    assert spec_from_config(config | {"qk_norm": True}).qk_norm is QkNorm.HEAD  # files from before the second form
+    assert spec_from_config(config | {"qk_norm": False}).qk_norm is None
+    for bad in ("heads", 1, ["full"]):
         with pytest.raises(FormatError, match="qk_norm must be"):
             spec_from_config(config | {"qk_norm": bad})
     with pytest.raises(ConfigError, match="qk_norm"):
