@@ -42,7 +42,7 @@ class ShardedWriter:
     larger than `max_shard_bytes` has a shard to itself.
 
     Args:
-        directory: an existing directory, best a `staging_directory`.
+        directory: an existing directory, best a `staging_directory` or a `resumable_directory`.
         plan: (name, dtype, shape) of every tensor, in the order of the shards.
         max_shard_bytes: most bytes of tensor data in one file.
         metadata: free strings of each header.
@@ -109,8 +109,10 @@ class ShardedWriter:
             named = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
             raise FormatError(f"{len(missing)} planned tensors were never written: {named}", where=self._directory)
         with machine_errors(self._directory):
-            self._disk.wait()
-        self._disk.close()
+            try:
+                self._disk.wait()
+            finally:
+                self.abort()
         if len(self._shards) > 1:
             weight_map = {name: shard.path.name for name, shard in self._shard_of.items()}
             index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
@@ -120,7 +122,7 @@ class ShardedWriter:
         return tuple(shard.path for shard in self._shards)
 
     def abort(self) -> None:
-        """Close the files as they are; for a caller that gives up and removes the directory."""
+        """Close the files as they are; for a caller that gives up. Harmless twice."""
         self._disk.close()
         for shard in self._shards:
             shard.close()

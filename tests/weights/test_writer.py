@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from skymoe.base.dtype import DType
-from skymoe.base.errors import FormatError, MachineError
+from skymoe.base.errors import ConfigError, FormatError, MachineError
 from skymoe.weights.buffers import info_of
 from skymoe.weights.reader import WeightsReader
 from skymoe.weights.writer import ShardedWriter
@@ -139,3 +139,42 @@ def test_transformers_loads_the_shards(tmp_path: Path) -> None:
     config.save_pretrained(tmp_path)
     again = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
     assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in state.items())
+
+
+def test_an_existing_shard_is_refused_unless_the_writer_resumes(tmp_path: Path) -> None:
+    first = [path.read_bytes() for path in write(tmp_path / "m", list(TENSORS), 64)]
+    with pytest.raises(ConfigError, match="cannot be used"):
+        ShardedWriter(tmp_path / "m", PLAN, max_shard_bytes=64)
+    with ShardedWriter(tmp_path / "m", PLAN, max_shard_bytes=64, resume=True) as writer:
+        assert writer.done == TENSORS.keys()
+        with pytest.raises(FormatError, match="before"):
+            writer.add("embed", TENSORS["embed"])
+    assert [path.read_bytes() for path in writer.finish()] == first
+
+
+def test_resuming_writes_what_is_missing_and_nothing_else(tmp_path: Path) -> None:
+    paths = write(tmp_path / "m", list(TENSORS), 64)
+    first = [path.read_bytes() for path in paths]
+    paths[0].rename(paths[0].with_name(f"{paths[0].name}.part"))
+    paths[1].write_bytes(first[1] + b"\0")
+    writer = ShardedWriter(tmp_path / "m", PLAN, max_shard_bytes=64, resume=True)
+    missing = [name for name in TENSORS if name not in writer.done]
+    assert 0 < len(missing) < len(TENSORS)
+    assert not paths[1].exists()  # what is not the shard is gone before anything is written
+    for name in missing:
+        writer.add(name, TENSORS[name])
+    assert [path.read_bytes() for path in writer.finish()] == first
+    names = sorted(path.name for path in (tmp_path / "m").iterdir())
+    assert names == sorted(["model.safetensors.index.json", *(path.name for path in paths)])
+
+
+def test_large_tensors_at_ragged_places(tmp_path: Path) -> None:
+    """Tensors of megabytes whose sizes are no multiple of any block."""
+    generator = torch.Generator().manual_seed(3)
+    tensors = {f"w{i}": torch.randint(0, 256, (3, 1_000_003 * i + 7), generator=generator).byte() for i in range(1, 5)}
+    plan = [(name, DType.UINT8, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    with ShardedWriter(tmp_path, plan, max_shard_bytes=25_000_000) as writer:
+        for name in ("w3", "w1", "w4", "w2"):
+            writer.add(name, tensors[name])
+    with WeightsReader(tmp_path) as reader:
+        assert all(torch.equal(reader.tensor(name), tensor) for name, tensor in tensors.items())
