@@ -213,8 +213,9 @@ def _cloned_norm(norm: GateNormSpec, old: int, new: int) -> GateNormSpec:
 
 def _moe(config: UpcycleConfig, experts: int, top_k: int, ffn_size: int, shared_ffn_size: int) -> MoESpec:
     _refuse_top_k(top_k, experts)
-    wanted = config.gate_norm if config.gate_norm is not None else PRESETS[config.preset].gate_norm
-    norm = GateNormSpec(scale=config.gate_scale, ddof=config.gate_ddof, eps=config.gate_eps) if wanted else None
+    norm = None
+    if config.wants_gate_norm:
+        norm = GateNormSpec(scale=config.gate_scale, ddof=config.gate_ddof, eps=config.gate_eps)
     return MoESpec(
         num_experts=experts, top_k=top_k, ffn_size=ffn_size, gate_norm=norm, norm_topk=config.norm_topk,
         shared_ffn_size=shared_ffn_size,

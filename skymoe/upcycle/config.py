@@ -104,9 +104,10 @@ _READ_BY: Mapping[str, tuple[Method, ...]] = {
     "assign": (Method.SPECIALISTS,), "rest": (Method.SPECIALISTS,),
     "partition_order": (Method.PARTITION,), "output_scale": (Method.PARTITION,), "router_noise": (Method.DUPLICATE,),
 }  # fmt: skip
+_OF_GATE_NORM = ("gate_scale", "gate_ddof", "gate_eps")
 _OF_NEW_ROUTERS = (
-    "layers", "layer_interval", "last_layers", "router_init", "router_std", "centroid_text", "shared", "gate_scale",
-    "gate_ddof", "gate_eps", "norm_topk",
+    "layers", "layer_interval", "last_layers", "router_init", "router_std", "centroid_text", "shared", "norm_topk",
+    *_OF_GATE_NORM,
 )  # fmt: skip
 
 
@@ -195,6 +196,11 @@ class UpcycleConfig(Config):
     overwrite: bool = False
     dry_run: bool = False
 
+    @property
+    def wants_gate_norm(self) -> bool:
+        """Whether new gates are normalized: as asked, else as the preset has it, else not."""
+        return bool(PRESETS[self.preset].gate_norm if self.gate_norm is None else self.gate_norm)
+
     def told(self) -> dict[str, Any]:
         """The options that this method reads, as JSON data: all that is needed to do it again, and no path."""
         unread = {name for name, methods in _READ_BY.items() if self.method not in methods}
@@ -224,6 +230,10 @@ class UpcycleConfig(Config):
         unread = sorted(changed & set(_OF_NEW_ROUTERS)) if self.method is Method.DUPLICATE else []
         if unread:
             raise ValueError(f"{unread[0]} is the parent's where method is duplicate; it cannot be chosen")
+        if self.method is not Method.DUPLICATE and not self.wants_gate_norm and changed & set(_OF_GATE_NORM):
+            raise ValueError(f"{min(changed & set(_OF_GATE_NORM))} belongs to gate_norm, which is off")
+        if "shared_shards" in changed and self.shared is not Shared.SPLIT:
+            raise ValueError("shared_shards belongs to shared=split")
         if (self.router_init is RouterInit.CENTROIDS) != (self.centroid_text is not None):
             raise ValueError("router_init=centroids and centroid_text=FILE belong together")
         if self.shared is Shared.SPLIT and self.method is not Method.VIRTUAL_GROUP:

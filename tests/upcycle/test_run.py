@@ -108,6 +108,9 @@ def test_fused_files_and_fp8_files_are_parents_too(parents, oracle, tmp_path):
     assert wide.exact and wide.max_abs_dlogit < 1e-4
     narrow = run(config(tmp_path / "fp8", tmp_path / "narrow"))
     assert not narrow.exact and "rounded" in narrow.reason
+    groups = {"method": "virtual_group", "granularity": 4, "expansion": 2, "shared": "split", "experts": None}
+    split = run(config(tmp_path / "fp8", tmp_path / "split", dtype="float32", **groups))
+    assert split.exact and split.max_abs_dlogit < 1e-4
     drop = run(config(tmp_path / "fp8", tmp_path / "drop", method="drop", receipt_tokens=0))
     assert not drop.exact
     shutil.copytree(parents("mixtral"), tmp_path / "fused")
