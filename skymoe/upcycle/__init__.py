@@ -1,1 +1,1 @@
-"""The upcycle job: a dense model directory in, a mixture of experts out, and a receipt of how equal they are."""
+"""The upcycle job: dense models into a mixture of experts, or a mixture into a larger one, with a receipt."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from skymoe.base.errors import ConfigError
@@ -88,6 +89,9 @@ def _remarks(spec: ModelSpec, blueprint: Blueprint) -> tuple[str, ...]:
             "clones with equal router rows get equal tokens and equal gradients, and would stay equal in training: "
             "--set router_noise=0.01 tells them apart, at the price of exactness"
         )
+    if blueprint.method is Method.VIRTUAL_GROUP and moe.top_k % blueprint.shards:
+        whole = math.ceil(moe.top_k / blueprint.shards) * blueprint.shards
+        remarks.append(f"top_k {moe.top_k} cuts groups of {blueprint.shards} shards: --top-k {whole} takes whole ones")
     if blueprint.method is Method.PARTITION and blueprint.shared is Shared.NONE:
         remarks.append("a partition starts with a fraction of the dense model: it needs long training to recover")
     return tuple(remarks)

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from skymoe.base.errors import printable
-from skymoe.base.files import sha256_file
 from skymoe.upcycle.blueprint import Blueprint
 from skymoe.upcycle.config import Method, Shared, UpcycleConfig
 from skymoe.upcycle.plan import Conversion
+from skymoe.weights.companions import read_companion
 
 TOKENIZER_NAME = "tokenizer.json"
 
@@ -63,11 +63,18 @@ def _shared(blueprint: Blueprint) -> str:
 
 
 def other_tokenizers(directories: Sequence[Path]) -> tuple[str, ...]:
-    """A remark for each source whose tokenizer.json is not the first one's: its experts know other tokens."""
-    files = [directory / TOKENIZER_NAME for directory in directories]
-    hashes = [sha256_file(file) if len(files) > 1 and file.is_file() else "" for file in files]
+    """A remark for each source whose tokenizer.json is not the first one's: its experts know other tokens.
+
+    Raises:
+        FormatError: such a file leads out of its directory, or is absurdly large.
+    """
+    kept = _tokenizer(directories[0]) if len(directories) > 1 else b""
     return tuple(
         f"{printable(directory)} has another {TOKENIZER_NAME} than the first source, whose is kept"
-        for directory, found in zip(directories, hashes, strict=True)
-        if found and hashes[0] and found != hashes[0]
+        for directory in directories[1:]
+        if kept and _tokenizer(directory) not in (b"", kept)
     )
+
+
+def _tokenizer(directory: Path) -> bytes:
+    return read_companion(directory, TOKENIZER_NAME) if (directory / TOKENIZER_NAME).is_file() else b""

@@ -132,6 +132,8 @@ def test_remarks():
     assert "stay equal" in make_plan("mixtral-8x7b", method="duplicate").remarks[0]
     assert "long training" in make_plan("llama-3-8b", method="partition").remarks[0]
     assert "trust_remote_code" in make_plan("llama-3-8b", gate_norm=True).remarks[0]
+    groups = {"method": "virtual_group", "granularity": 4, "expansion": 2, "top_k": 2}
+    assert "--top-k 4 takes whole ones" in make_plan("llama-3-8b", **groups).remarks[0]
     assert make_plan("llama-3-8b").remarks == ()
 
 
