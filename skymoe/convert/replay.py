@@ -72,14 +72,13 @@ def _do(
 ) -> None:
     """One step; its tensors are gone when it returns."""
     results = make(operation, lambda source: read_source(parents, source))
-    planned: dict[tuple[int, DType], Tensor] = {}  # what several targets share is brought into their form once
+    alike: dict[tuple[int, DType, tuple[int, ...]], list[Target]] = {}
     for target in targets:
-        form = target.slot, target.dtype
-        if form not in planned:
-            planned[form] = results[target.slot].to(torch_dtype(target.dtype)).contiguous()
-        tensor = planned[form]
-        writer.add(target.name, tensor.expand(target.shape) if not tensor.ndim else tensor)
-        bar.advance(target.num_bytes / 1e9)
+        alike.setdefault((target.slot, target.dtype, target.shape), []).append(target)
+    for (slot, dtype, shape), copies in alike.items():
+        tensor = results[slot].to(torch_dtype(dtype))
+        writer.add_copies([target.name for target in copies], tensor if tensor.ndim else tensor.expand(shape))
+        bar.advance(sum(target.num_bytes for target in copies) / 1e9)
 
 
 def read_source(parents: Sequence[Parent], source: Source) -> Tensor:

@@ -4,8 +4,9 @@ An ordinary write copies into the page cache: the kernel finds a page for every 
 fit. For a model of many gigabytes that is most of the CPU time of a conversion, it throws everything else out of the
 cache, and the end waits for what is still pending. With `O_DIRECT` the disk takes the bytes from our memory
 (docs/performance.md has the figures). Offset, size and address must then be multiples of the block size, so a piece is
-copied into one of two aligned buffers: one is filled while the other is written. The ragged ends of a tensor, small
-tensors, and file systems without `O_DIRECT` (memory, some networks, other systems than Linux) go the ordinary way.
+copied into one of two aligned buffers, once for all copies of a tensor: one buffer is filled while the other is
+written. The ragged ends of a tensor, small tensors, and file systems without `O_DIRECT` (memory, some networks, other
+systems than Linux) go the ordinary way.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import errno
 import mmap
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -68,30 +69,38 @@ class BulkFile:
         self._direct = _open_direct(path)
         self._is_open = True
 
-    def write(self, data: memoryview, offset: int) -> None:
-        """Put `data` at `offset`; it may be reused at once."""
+    def write(self, data: memoryview, offsets: Sequence[int]) -> None:
+        """Put `data` at each of `offsets`; it may be reused at once."""
         if self._direct is None or len(data) < _SMALL:
-            _write_all(self._file, data, offset)
+            for offset in offsets:
+                _write_all(self._file, data, offset)
             return
-        begin = -offset % BLOCK
+        for phase in {offset % BLOCK for offset in offsets}:  # one, if the tensors before are whole blocks
+            self._write_in_phase(data, [offset for offset in offsets if offset % BLOCK == phase])
+
+    def _write_in_phase(self, data: memoryview, offsets: Sequence[int]) -> None:
+        """Offsets that have the same remainder, so that one aligned buffer serves them all."""
+        begin = -offsets[0] % BLOCK
         end = begin + (len(data) - begin) // BLOCK * BLOCK
         for start in range(begin, end, BUFFER_BYTES):
             size = min(BUFFER_BYTES, end - start)
             buffer = self._disk.buffer()
             buffer[:size] = data[start : start + size]
-            self._disk.start(self._write_direct, buffer[:size], offset + start)
-        _write_all(self._file, data[:begin], offset)
-        _write_all(self._file, data[end:], offset + end)
+            self._disk.start(self._write_direct, buffer[:size], [offset + start for offset in offsets])
+        for offset in offsets:
+            _write_all(self._file, data[:begin], offset)
+            _write_all(self._file, data[end:], offset + end)
 
-    def _write_direct(self, data: memoryview, offset: int) -> None:
+    def _write_direct(self, data: memoryview, offsets: Sequence[int]) -> None:
         assert self._direct is not None
-        try:
-            done = os.pwrite(self._direct, data, offset)
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-            done = 0  # this file system wants another alignment
-        _write_all(self._file, data[done:], offset + done)
+        for offset in offsets:
+            try:
+                done = os.pwrite(self._direct, data, offset)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                done = 0  # this file system wants another alignment
+            _write_all(self._file, data[done:], offset + done)
 
     def sync(self) -> None:
         """Until everything is on the disk. For an action of `disk` itself, so that it comes after the others."""

@@ -16,24 +16,25 @@ SIZES = [3, 2**20 + 1, BUFFER_BYTES, 2 * BUFFER_BYTES + 12_345, 2**20 - 1, BLOCK
 
 
 def written(path: Path, seed: int) -> tuple[bytes, bytes]:
-    """What the file holds and what it should hold, after pieces of `SIZES` at ragged offsets in random order."""
+    """What the file holds and what it should: pieces of `SIZES` at ragged offsets, some never, some several times."""
     draw = random.Random(seed)
-    pieces, end = [], 0
-    for size in draw.sample(SIZES, len(SIZES)):
-        pieces.append((end, draw.randbytes(size)))
-        end += size
+    pieces, places, end = [draw.randbytes(size) for size in SIZES], [[] for _ in SIZES], 0
+    for number in draw.choices(range(len(SIZES)), k=12):
+        places[number].append(end)
+        end += SIZES[number]
     disk = Disk()
     file = BulkFile(path, disk)
-    for offset, data in draw.sample(pieces, len(pieces)):
-        own = bytearray(data)
-        file.write(memoryview(own), offset)
+    for number in draw.sample(range(len(SIZES)), len(SIZES)):
+        own = bytearray(pieces[number])
+        file.write(memoryview(own), places[number])
         own[:] = bytes(len(own))  # the caller may reuse its memory
     disk.wait()
     file.sync()
     disk.close()
     file.close()
     file.close()
-    return path.read_bytes(), b"".join(data for _, data in pieces)
+    where = sorted((offset, number) for number, offsets in enumerate(places) for offset in offsets)
+    return path.read_bytes(), b"".join(pieces[number] for _, number in where)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -80,7 +81,7 @@ def test_the_failure_of_a_large_write_rises_later(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(OSError, match="No space left"):
-        file.write(memoryview(bytes(2 * BUFFER_BYTES)), 0)
+        file.write(memoryview(bytes(2 * BUFFER_BYTES)), [0])
         disk.wait()
     disk.close()
     file.close()
