@@ -99,7 +99,8 @@ def _whole(config: UpcycleConfig, base: ModelSpec, *, experts: int, assign: tupl
 
 def _specialists(config: UpcycleConfig, base: ModelSpec) -> Blueprint:
     count = len(config.sources)
-    experts = _experts(config) or (len(config.assign) if config.assign else DEFAULT_EXPERTS)
+    named = len(config.assign) if config.assign else None
+    experts = config.experts or named or _experts(config) or DEFAULT_EXPERTS
     assign = config.assign or tuple(expert % count for expert in range(experts))
     if len(assign) != experts:
         raise ConfigError(f"assign names a source for {len(assign)} experts, experts is {experts}")

@@ -169,7 +169,7 @@ class UpcycleConfig(Config):
     granularity: int | None = Field(default=None, ge=1, le=65536)
     expansion: int | None = Field(default=None, ge=1, le=65536)
     weight_scale: Literal["exact", "he2024"] | float = "exact"
-    assign: tuple[int, ...] | None = None
+    assign: tuple[int, ...] | None = Field(default=None, min_length=2, max_length=65536)
     rest: Rest = Rest.BASE
     partition_order: Order = Order.RANDOM
     output_scale: float | None = Field(default=None, gt=0)

@@ -78,6 +78,7 @@ def test_experts_of_specialists_go_round():
     assert draw(LLAMA, LLAMA, LLAMA, method="specialists").assign == (0, 1, 2, 0, 1, 2, 0, 1)
     skywork = draw(*[LLAMA] * 4, method="specialists", assign=[1, 1, 1, 2, 2, 2, 3, 0])  # 3 cn, 3 en, 1 code, 1 base
     assert skywork.moe.num_experts == 8
+    assert draw(LLAMA, LLAMA, method="specialists", assign=[0, 1, 1], preset="skywork").moe.num_experts == 3
     assert draw(LLAMA, LLAMA, method="specialists", assign=[1, 1]).assign == (1, 1)  # the base gives the rest
 
 
