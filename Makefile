@@ -7,7 +7,8 @@ OUT    ?= runs/demo
 
 BIN     := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable
-# One thread per process: the tests run side by side, and tiny matrices are slower on two threads than on one.
+# One thread per process: the tests run side by side, and tiny matrices are slower on two threads than on one. A file's
+# tests stay together, so that what they share is made once.
 PYTEST  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .PHONY: help demo test test-slow lint format clean
@@ -24,7 +25,7 @@ demo: $(VENV)/.installed-all
 	$(BIN)/skymoe demo --out $(OUT) $(ARGS)
 
 test: $(VENV)/.installed-dev
-	$(PYTEST) --numprocesses 2 $(ARGS)
+	$(PYTEST) --numprocesses 2 --dist loadfile $(ARGS)
 
 test-slow: $(VENV)/.installed-dev
 	$(PYTEST) -m slow --durations 20 $(ARGS)

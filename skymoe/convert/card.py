@@ -27,8 +27,8 @@ _MARKDOWN = re.compile(r"([\\`*_{}\[\]()#!|~])")
 _MAX_FILES = 24  # whose hashes the card shows; skymoe.json has all
 _RELATIONS = {"quantize": "quantized"}
 _NEW_ROUTERS = (
-    "The router weights are random and untrained: which experts a token visits means nothing yet, and all experts of a "
-    "layer began alike. The model is a start for training, not a better model than its parent."
+    "The router weights are random and untrained: which experts a token visits means nothing yet. The model is a start "
+    "for training, not a better model than its parent."
 )
 
 

@@ -63,7 +63,8 @@ def filtered_probabilities(logits_BV: Tensor, *, temperature: float, top_k: int,
         scaled_BV = scaled_BV.masked_fill(scaled_BV < threshold_B1, float("-inf"))
     probs_BV = scaled_BV.softmax(-1)
     if top_p < 1:
-        sorted_BV, order_BV = probs_BV.sort(dim=-1, descending=True, stable=True)
+        order_BV = scaled_BV.sort(dim=-1, descending=True, stable=True).indices  # softmax can round two logits to one
+        sorted_BV = probs_BV.gather(-1, order_BV)
         before_BV = sorted_BV.cumsum(-1) - sorted_BV  # mass of the more likely tokens; the first has 0 and always stays
         dropped_BV = torch.zeros_like(before_BV, dtype=torch.bool).scatter_(-1, order_BV, before_BV >= top_p)
         probs_BV = probs_BV.masked_fill(dropped_BV, 0.0)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from skymoe.base.errors import ConfigError, SkymoeError
@@ -98,6 +98,7 @@ def test_options_outside_their_range_are_refused(options: dict[str, float]) -> N
     top_p=st.floats(0.01, 1.0),
     temperature=st.floats(0.05, 5.0),
 )
+@example(logits=[0.0, 5.6296316892044673e-14], top_k=0, top_p=0.5, temperature=1.0)
 def test_the_filtered_distribution_is_one_and_keeps_the_best_token(
     logits: list[float], top_k: int, top_p: float, temperature: float
 ) -> None:
