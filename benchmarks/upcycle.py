@@ -38,8 +38,6 @@ SIZES = {  # layers, width, FFN, heads, key/value heads, vocabulary
     "full": (22, 2048, 5632, 32, 4, 32_000),
     "tiny": (2, 128, 352, 4, 2, 1_000),
 }
-# mergekit refuses a config whose experts are all the same model, unless told so
-MERGEKIT_FLAGS = ("--i-understand-this-is-not-useful-without-training", "--quiet")
 CHUNK = 8 * 2**20
 
 
@@ -146,7 +144,7 @@ def contenders(work: Path, dense: Path, mergekit: Path | None, num_bytes: int) -
         }  # fmt: skip
         path = work / "mergekit.yaml"
         path.write_text(json.dumps(config), encoding="utf-8")  # JSON is YAML
-        found.insert(2, Contender("mergekit", (str(mergekit), str(path), str(merged), *MERGEKIT_FLAGS), dense, merged))
+        found.insert(2, Contender("mergekit", (str(mergekit), str(path), str(merged), "--quiet"), dense, merged))
     return found
 
 
