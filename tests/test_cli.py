@@ -169,7 +169,7 @@ def test_a_dry_run_prints_the_recipe_in_full_and_does_nothing(tmp_path: Path) ->
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full.yaml", "recipe.yaml"]
 
 
-@pytest.mark.parametrize("job", ["train", "upcycle", "data"])
+@pytest.mark.parametrize("job", ["train", "upcycle", "export", "quantize", "merge-check", "data"])
 def test_schema_is_json_schema(job: str) -> None:
     schema = json.loads(run("config", "schema", job).stdout)
     assert schema["additionalProperties"] is False

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -39,7 +40,6 @@ def upcycle(
     """
     from skymoe.base.config import check_config
     from skymoe.base.errors import ConfigError
-    from skymoe.cli.console import print_json, standard_output
     from skymoe.upcycle.config import UpcycleConfig
 
     *sources, out = paths
@@ -55,12 +55,7 @@ def upcycle(
     from skymoe.upcycle.run import run
     from skymoe.upcycle.table import show, show_plan
 
-    if config.dry_run:
-        planned = plan(config)
-        print_json(planned.as_json()) if as_json else show_plan(planned, standard_output())
-        return
-    result = run(config)
-    print_json(result) if as_json else show(result, standard_output())
+    _answer(config, as_json, plan=plan, run=run, show=show, show_plan=show_plan)
 
 
 def export(
@@ -85,7 +80,6 @@ def export(
 ) -> None:
     """Write a model in the format that another tool reads, exactly or not at all, with a receipt."""
     from skymoe.base.config import check_config
-    from skymoe.cli.console import print_json, standard_output
     from skymoe.export.config import ExportConfig
 
     options = given(
@@ -97,12 +91,7 @@ def export(
     from skymoe.export.run import run
     from skymoe.export.table import show, show_plan
 
-    if config.dry_run:
-        planned = plan(config)
-        print_json(planned.as_json()) if as_json else show_plan(planned, standard_output())
-        return
-    result = run(config)
-    print_json(result) if as_json else show(result, standard_output())
+    _answer(config, as_json, plan=plan, run=run, show=show, show_plan=show_plan)
 
 
 def quantize(
@@ -119,7 +108,6 @@ def quantize(
 ) -> None:
     """Round a model's matrices to FP8 (e4m3), with an audit of what that changed."""
     from skymoe.base.config import check_config
-    from skymoe.cli.console import print_json, standard_output
     from skymoe.quantize.config import QuantizeConfig
 
     options = given(source=source, out=out, scheme=scheme, dry_run=dry_run, overwrite=overwrite, seed=seed)
@@ -128,12 +116,7 @@ def quantize(
     from skymoe.quantize.run import run
     from skymoe.quantize.table import show, show_plan
 
-    if config.dry_run:
-        planned = plan(config)
-        print_json(planned.as_json()) if as_json else show_plan(planned, standard_output())
-        return
-    result = run(config)
-    print_json(result) if as_json else show(result, standard_output())
+    _answer(config, as_json, plan=plan, run=run, show=show, show_plan=show_plan)
 
 
 def merge_check(
@@ -163,3 +146,23 @@ def merge_check(
     result = run(config)
     print_json(result.as_json()) if as_json else show(result, standard_output())
     raise typer.Exit(result.exit_code)
+
+
+def _answer(
+    config: Any,
+    as_json: bool,
+    *,
+    plan: Callable[[Any], Any],
+    run: Callable[[Any], Any],
+    show: Callable[..., None],
+    show_plan: Callable[..., None],
+) -> None:
+    """Do it, or with `dry_run` say what would be done; print the one report or the other."""
+    from skymoe.cli.console import print_json, standard_output
+
+    if config.dry_run:
+        planned = plan(config)
+        print_json(planned.as_json()) if as_json else show_plan(planned, standard_output())
+        return
+    result = run(config)
+    print_json(result) if as_json else show(result, standard_output())

@@ -124,6 +124,9 @@ class Job(StrEnum):
 
     TRAIN = "train"
     UPCYCLE = "upcycle"
+    EXPORT = "export"
+    QUANTIZE = "quantize"
+    MERGE_CHECK = "merge-check"
     DATA = "data"
 
 
@@ -131,11 +134,21 @@ class Job(StrEnum):
 def config_schema(job: Annotated[Job, typer.Argument(help="Whose configuration.")] = Job.TRAIN) -> None:
     """Print the JSON Schema of a configuration, for editors."""
     from skymoe.base.config import Config
+    from skymoe.compare.config import CompareConfig
     from skymoe.data.config import BuildConfig
+    from skymoe.export.config import ExportConfig
+    from skymoe.quantize.config import QuantizeConfig
     from skymoe.train.config import TrainConfig
     from skymoe.upcycle.config import UpcycleConfig
 
-    configs: dict[Job, type[Config]] = {Job.TRAIN: TrainConfig, Job.UPCYCLE: UpcycleConfig, Job.DATA: BuildConfig}
+    configs: dict[Job, type[Config]] = {
+        Job.TRAIN: TrainConfig,
+        Job.UPCYCLE: UpcycleConfig,
+        Job.EXPORT: ExportConfig,
+        Job.QUANTIZE: QuantizeConfig,
+        Job.MERGE_CHECK: CompareConfig,
+        Job.DATA: BuildConfig,
+    }
     print(json.dumps(configs[job].model_json_schema(), indent=2))
 
 

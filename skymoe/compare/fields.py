@@ -13,7 +13,7 @@ from skymoe.spec.model import ModelSpec, RopeScaling
 
 # A head that is tied or not is compared as a tensor; the mean that is subtracted before a softmax changes nothing.
 _NO_EFFECT = (
-    "architecture", "tie_embeddings", "init_std", "bos_id", "eos_ids*", "pad_id", "max_position",
+    "architecture", "tie_embeddings", "init_std", "use_cache", "bos_id", "eos_ids*", "pad_id", "max_position",
     "moe.gate_norm.subtract_mean",
 )  # fmt: skip
 _OF_EXPERTS = ("moe", "moe.*", "moe_layers*", "ffn_size")

@@ -17,9 +17,9 @@ from skymoe.base.files import write_atomic
 from skymoe.convert.card import model_card
 from skymoe.convert.made import Made, provenance
 from skymoe.convert.measured import RECEIPT_NAME, Receipt
-from skymoe.model.save import PROVENANCE_NAME, write_config_files, write_json
+from skymoe.model.save import write_config_files, write_json
 from skymoe.spec.model import ModelSpec
-from skymoe.weights.companions import licence_names, read_companion, write_companions
+from skymoe.weights.companions import PROVENANCE_NAME, licence_names, read_companion, write_companions
 
 CARD_NAME = "README.md"
 

@@ -1,7 +1,8 @@
 """What a parent says of its licence: in its model card, and in the files beside the weights.
 
 Nothing is decided here: what is said is carried on. Where nothing is said, the card of the new model says that.
-Weights derived from Skywork's stay under the Skywork Community License, whoever passes them on.
+Weights derived from Skywork's stay under the Skywork Community License, whoever passes them on; Skywork's names alone
+do not tell, since `skymoe export --format skywork` gives them to any model: its own card says where that came from.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from skymoe.base.document import parse_yaml
 from skymoe.base.errors import SkymoeError
 from skymoe.base.inside import read_inside
 from skymoe.spec.model import Architecture
-from skymoe.weights.companions import licence_names
+from skymoe.weights.companions import PROVENANCE_NAME, licence_names
 
 _MAX_CARD_BYTES = 4 * 2**20
 _MAX_FRONT = 64 * 2**10
@@ -47,7 +48,8 @@ class Licence:
 def find_licence(directory: Path, architecture: Architecture) -> Licence:
     """What the model in `directory` says. Raises FormatError only when the licence files themselves are hostile."""
     files, said = licence_names(directory), card_metadata(directory)
-    is_skywork = architecture in _SKYWORK or "skywork" in said.get("license_name", "").lower()
+    is_released = architecture in _SKYWORK and not (directory / PROVENANCE_NAME).is_file()  # not one that we wrote
+    is_skywork = is_released or "skywork" in said.get("license_name", "").lower()
     identifier, name, link = (said.get(key, "") for key in ("license", "license_name", "license_link"))
     if is_skywork and not identifier:
         identifier, name = "other", "skywork-community-license"

@@ -26,11 +26,16 @@ from skymoe.spec.hf import CONFIG_NAME, config_from_spec, generation_config
 from skymoe.spec.hf_families import carried
 from skymoe.spec.model import Architecture, ModelSpec
 from skymoe.weights.buffers import torch_dtype
-from skymoe.weights.companions import GENERATION_NAME, copy_tokenizer, read_companion, write_companions
+from skymoe.weights.companions import (
+    GENERATION_NAME,
+    PROVENANCE_NAME,
+    copy_tokenizer,
+    read_companion,
+    write_companions,
+)
 from skymoe.weights.names import tensor_table
 from skymoe.weights.writer import DEFAULT_SHARD_BYTES, ShardedWriter
 
-PROVENANCE_NAME = "skymoe.json"
 MODELLING_NAMES = ("configuration_skymoe.py", "modeling_skymoe.py")
 
 

@@ -162,6 +162,7 @@ class ModelSpec:
         moe_layers: which layers are MoE; None means all of them when `moe` is given.
         bos_id, eos_ids, pad_id: special tokens, None or empty when the model names none.
         init_std: standard deviation of the normal initial weights.
+        use_cache: a hint for transformers, carried from file to file: `generate` keeps keys and values.
     """
 
     architecture: Architecture
@@ -188,6 +189,7 @@ class ModelSpec:
     eos_ids: tuple[int, ...] = ()
     pad_id: int | None = None
     init_std: float = 0.02
+    use_cache: bool = True
 
     def __post_init__(self) -> None:
         names = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "max_position")

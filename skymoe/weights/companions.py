@@ -20,6 +20,7 @@ from skymoe.base.files import write_atomic
 from skymoe.base.inside import read_inside
 
 GENERATION_NAME = "generation_config.json"
+PROVENANCE_NAME = "skymoe.json"  # where a model that we wrote comes from
 _TOKENIZER_NAMES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json",

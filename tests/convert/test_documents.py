@@ -218,6 +218,8 @@ def test_a_licence_of_skywork(tmp_path):
     assert find_licence(tmp_path, Architecture.LLAMA) == Licence()
     found = find_licence(tmp_path, Architecture.SKYWORK)
     assert (found.identifier, found.name, found.is_skywork) == ("other", "skywork-community-license", True)
+    (tmp_path / "skymoe.json").write_text("{}")  # `skymoe export --format skywork` gives Skywork's names to any model
+    assert find_licence(tmp_path, Architecture.SKYWORK) == Licence()
     card = "---\nlicense: other\nlicense_name: skywork-community-license\n---\n"  # as our own cards say it
     (tmp_path / "README.md").write_text(card)
     assert find_licence(tmp_path, Architecture.MIXTRAL).is_skywork

@@ -24,7 +24,7 @@ transformers = pytest.importorskip("transformers")
 COMMON: dict[str, Any] = dict(
     vocab_size=211, hidden_size=72, intermediate_size=104, num_hidden_layers=5, num_attention_heads=6,
     num_key_value_heads=2, max_position_embeddings=333, rms_norm_eps=3e-4, initializer_range=0.013,
-    tie_word_embeddings=True, bos_token_id=7, eos_token_id=[8, 9], pad_token_id=10,
+    tie_word_embeddings=True, bos_token_id=7, eos_token_id=[8, 9], pad_token_id=10, use_cache=False,
 )  # fmt: skip
 HINTS: dict[str, Any] = dict(router_aux_loss_coef=0.07, output_router_logits=True)
 WINDOW: dict[str, Any] = dict(use_sliding_window=True, sliding_window=55)
@@ -56,7 +56,7 @@ SKYWORK = (Architecture.SKYWORK, Architecture.SKYWORK_MOE)
 MIXTURES = (Architecture.MIXTRAL, Architecture.QWEN2_MOE, Architecture.QWEN3_MOE, Architecture.OLMOE)
 SHARED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
           "max_position_embeddings", "rms_norm_eps", "initializer_range", "tie_word_embeddings", "bos_token_id",
-          "eos_token_id", "pad_token_id", "rope_parameters")  # fmt: skip
+          "eos_token_id", "pad_token_id", "use_cache", "rope_parameters")  # fmt: skip
 
 
 def source(family: str, **changes: Any) -> Any:
@@ -217,4 +217,4 @@ def test_no_field_of_a_class_is_passed_over_but_these(family):
     own = set(type(config).__dataclass_fields__) - set(transformers.PreTrainedConfig.__dataclass_fields__)
     own -= set(config.attribute_map)  # saved under another name
     unread = unread_fields({**dict.fromkeys(own, True), **as_file(config)})
-    assert set(unread) & own <= {"use_cache", "pretraining_tp"}
+    assert set(unread) & own <= {"pretraining_tp"}
