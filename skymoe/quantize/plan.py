@@ -1,4 +1,10 @@
-"""The quantization as data: each source matrix is read once and gives its codes and its scale. No torch."""
+"""The quantization as data: each source matrix is read once and gives its codes and its scale. No torch.
+
+What is not FP8 is written in one type, that of the embedding. transformers leaves such tensors as they are stored,
+decodes the rest to the type that config.json names, and computes with no mixture of the two: a router in fp32 beside
+bf16 weights (a folded one, say) would load and then fail. Only the bias of the experts' choice stays in fp32, as every
+skymoe directory has it: it is added to scores, which are fp32.
+"""
 
 from __future__ import annotations
 
@@ -44,6 +50,21 @@ class ToFp8(Operation):
 
 
 @dataclass(frozen=True)
+class Rounded(Operation):
+    """A tensor that does not become FP8, in a type that does not hold all of its numbers."""
+
+    source: Source
+    dtype: DType
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        return (self.source,)
+
+    def __str__(self) -> str:
+        return f"rounded to {self.dtype}"
+
+
+@dataclass(frozen=True)
 class QuantizePlan:
     """What will be written, and what is left as it is.
 
@@ -53,6 +74,7 @@ class QuantizePlan:
         bytes_by_kind: of the output's tensors: "fp8", "scales", "kept".
         tensors_quantized, tensors_kept: how many of the source's there are of each.
         unfit: matrices that policy wants in FP8 but whose shape the format cannot scale.
+        rounded: kept tensors that lose digits, because the embedding is stored in a narrower type.
     """
 
     conversion: ConversionPlan
@@ -61,6 +83,7 @@ class QuantizePlan:
     tensors_quantized: int
     tensors_kept: int
     unfit: tuple[str, ...]
+    rounded: tuple[str, ...]
 
     @property
     def weight_bytes(self) -> int:
@@ -69,7 +92,7 @@ class QuantizePlan:
 
     @property
     def main_dtype(self) -> DType:
-        """What the embedding is stored in, and what config.json calls the type of the model."""
+        """What the embedding and all that is not FP8 are stored in; what config.json calls the type of the model."""
         return next(target.dtype for target in self.conversion.tensors if target.name == EMBEDDING_NAME)
 
 
@@ -87,7 +110,7 @@ def plan_quantize(
         spec: of the model.
         sources: where the values of each place are (`Parent.sources`).
         scheme: what to write.
-        decoded: names of sources that are FP8 on disk and are given out in fp32; where they are kept, in bfloat16.
+        decoded: names of sources that are FP8 on disk and are given out in fp32; such an embedding becomes bfloat16.
     """
     table = tensor_table(spec)
     choice = choose(table, scheme)
@@ -96,14 +119,19 @@ def plan_quantize(
     names = {place: name for name, place in table.items()}
     steps = [_to_fp8([(names[place], sources[place]) for place in group], quantization) for group in choice.groups]
     written = {target.name for step in steps for target in step.targets}
-    for name, place in table.items():
-        if name not in written:
-            source = sources[place]
-            dtype = DType.BFLOAT16 if source.name in decoded else source.dtype
-            steps.append(Step(Copy(source), (Target(name, dtype, place.shape),)))
+    embedding = sources[table[EMBEDDING_NAME]]
+    main = DType.BFLOAT16 if embedding.name in decoded else embedding.dtype
+    steps += [_kept(name, place, sources[place], main) for name, place in table.items() if name not in written]
     suffix = quantization.scale_suffix
     order = [part for name in table for part in ((name, name + suffix) if name in written else (name,))]
     return _counted(plan_of(steps, order), quantization, choice, len(table))
+
+
+def _kept(name: str, place: Place, source: Source, main: DType) -> Step:
+    dtype = DType.FLOAT32 if place.parameter.endswith(".expert_bias") else main
+    holds_all = dtype is source.dtype or dtype.itemsize > source.dtype.itemsize  # bf16 and fp16 do not hold each other
+    operation = Copy(source) if holds_all else Rounded(source, dtype)
+    return Step(operation, (Target(name, dtype, place.shape),))
 
 
 def _to_fp8(group: Sequence[tuple[str, Source]], quantization: QuantizationSpec) -> Step:
@@ -120,7 +148,9 @@ def _counted(plan: ConversionPlan, quantization: QuantizationSpec, choice: Choic
     sizes = {"fp8": 0, "scales": 0, "kept": 0}
     for step in plan.steps:
         for target in step.targets:
-            kind = "kept" if isinstance(step.operation, Copy) else "scales" if target.slot % 2 else "fp8"
+            is_fp8 = isinstance(step.operation, ToFp8)
+            kind = "kept" if not is_fp8 else "scales" if target.slot % 2 else "fp8"
             sizes[kind] += target.num_bytes
     count = sum(len(group) for group in choice.groups)
-    return QuantizePlan(plan, quantization, sizes, count, num_tensors - count, choice.unfit)
+    rounded = tuple(step.targets[0].name for step in plan.steps if isinstance(step.operation, Rounded))
+    return QuantizePlan(plan, quantization, sizes, count, num_tensors - count, choice.unfit, rounded)

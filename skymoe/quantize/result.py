@@ -37,6 +37,7 @@ class Counts:
         weight_bytes_by_kind: "fp8", "scales", "kept".
         tensors_quantized, tensors_kept: of the source's tensors.
         unfit: matrices that stay as they are only because a side is no multiple of 128.
+        rounded: tensors that are not FP8 and lose digits all the same: their type is wider than the embedding's.
         remarks: what the user should know.
     """
 
@@ -47,6 +48,7 @@ class Counts:
     tensors_quantized: int
     tensors_kept: int
     unfit: tuple[str, ...] = ()
+    rounded: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
 
 

@@ -6,6 +6,7 @@ calibrated: weights need no data, and activations are rounded by the engine whil
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 
@@ -29,11 +30,12 @@ from skymoe.model.save import write_json
 from skymoe.ops.fp8 import encode_scaled, largest, scales
 from skymoe.quantize import audit
 from skymoe.quantize.config import QuantizeConfig
-from skymoe.quantize.plan import QuantizePlan, ToFp8, plan_quantize, sources_of
+from skymoe.quantize.plan import QuantizePlan, Rounded, ToFp8, plan_quantize, sources_of
 from skymoe.quantize.result import Counts, PlannedQuantize, QuantizeReport, TensorError
 from skymoe.quantize.words import remarks, summary
 from skymoe.spec.presets import PRESETS
 from skymoe.spec.quantization import FIELD, Fp8Scheme, write_quantization
+from skymoe.weights.buffers import torch_dtype
 
 _PROMISE = Exactness(False, "the weights were rounded to FP8")
 
@@ -73,6 +75,9 @@ def run(config: QuantizeConfig) -> QuantizeReport:
 def dry_run(config: QuantizeConfig) -> PlannedQuantize:
     """What `run` would do; `config.source` may be a preset.
 
+    A preset's name wins over a directory of the same name, which can be given as `./name`: here, in `run`, and in
+    `skymoe inspect`.
+
     Raises:
         FormatError: neither a preset nor a readable model directory.
     """
@@ -87,9 +92,10 @@ def dry_run(config: QuantizeConfig) -> PlannedQuantize:
 
 def _directory(config: QuantizeConfig) -> Path:
     source = Path(config.source)
-    if not source.is_dir() and config.source in PRESETS:
-        what, hint = "a preset has no weights to quantize", "--dry-run tells what its FP8 form would take"
-        raise ConfigError(what, where=config.source, hint=hint)
+    if config.source in PRESETS:
+        told = "--dry-run tells what its FP8 form would take"
+        hint = f"./{config.source} names the directory of that name" if source.is_dir() else told
+        raise ConfigError("a preset has no weights to quantize", where=config.source, hint=hint)
     if not source.is_dir():
         hint = f"presets (with --dry-run): {', '.join(PRESETS)}"
         raise FormatError("there is no such model directory or preset", where=config.source, hint=hint)
@@ -112,6 +118,8 @@ def _write(plan: QuantizePlan, parent: Parent, staging: Path, config: QuantizeCo
     found: dict[str, TensorError] = {}
 
     def make(operation: Operation, read: Read) -> tuple[Tensor, ...]:
+        if isinstance(operation, Rounded):
+            return (_rounded(operation, read(operation.source), parent),)
         if not isinstance(operation, ToFp8):
             return make_common(operation, read)
         matrices = [read(source) for source in operation.matrices]
@@ -128,6 +136,15 @@ def _write(plan: QuantizePlan, parent: Parent, staging: Path, config: QuantizeCo
     errors = audit.complete(found, plan, parent, staging)
     write_json(staging / audit.AUDIT_NAME, audit.as_json(errors, config.scheme))
     return errors
+
+
+def _rounded(operation: Rounded, tensor: Tensor, parent: Parent) -> Tensor:
+    narrow = tensor.to(torch_dtype(operation.dtype))
+    if not all(math.isfinite(bound) for bound in narrow.aminmax()):
+        what = f"tensor {operation.source} holds NaN, infinity, or a number too large for {operation.dtype}"
+        why = "what is not FP8 is written in the type of the embedding"
+        raise FormatError(what, where=parent.directory, why=why)
+    return narrow
 
 
 def _scales(operation: ToFp8, matrices: list[Tensor], parent: Parent) -> list[Tensor]:
@@ -150,6 +167,7 @@ def _counts(plan: QuantizePlan, told: tuple[str, ...]) -> Counts:
         tensors_quantized=plan.tensors_quantized,
         tensors_kept=plan.tensors_kept,
         unfit=plan.unfit,
+        rounded=plan.rounded,
         remarks=told,
     )
 

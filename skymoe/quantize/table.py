@@ -41,6 +41,8 @@ def show_plan(planned: PlannedQuantize, console: Console) -> None:
 def _counts(counts: Counts, console: Console) -> None:
     kinds = ", ".join(f"{name} {size / 1e9:.3f} GB" for name, size in counts.weight_bytes_by_kind.items())
     console.print(Text(f"weights: {counts.weight_bytes / 1e9:.3f} GB ({kinds})"))
-    console.print(Text(f"{counts.tensors_quantized} matrices are FP8, {counts.tensors_kept} tensors stay as they are"))
+    same, rounded = counts.tensors_kept - len(counts.rounded), len(counts.rounded)
+    told = f"{counts.tensors_quantized} matrices are FP8, {same} tensors stay as they are"
+    console.print(Text(f"{told}, {rounded} are rounded" if rounded else told))
     for remark in counts.remarks:
         console.print(Text(f"note: {printable(remark, 1000)}", style="dim"))

@@ -94,14 +94,39 @@ def test_skywork_moe_is_146_gb() -> None:
         assert plan(PRESETS["skywork-moe"], scheme).weight_bytes == pytest.approx(146e9, rel=0.01)
 
 
-def test_what_was_fp8_and_stays_is_stored_in_bfloat16() -> None:
+def types(planned: QuantizePlan) -> dict[str, DType]:
+    return {target.name: target.dtype for target in planned.conversion.tensors}
+
+
+def test_what_was_fp8_and_stays_has_the_type_of_the_embedding() -> None:
     spec = replace(QWEN2_MOE, num_kv_heads=1)
     sources = sources_of(spec, DType.FLOAT32)
     decoded = ["model.layers.0.self_attn.q_proj.weight", "lm_head.weight"]
     planned = plan_quantize(spec, sources, Fp8Scheme.BLOCK, decoded=decoded)
-    types = {target.name: target.dtype for target in planned.conversion.tensors}
-    assert {types[name] for name in decoded} == {DType.BFLOAT16}
-    assert types["model.embed_tokens.weight"] is DType.FLOAT32
+    assert {types(planned)[name] for name in decoded} == {DType.FLOAT32} and not planned.rounded
+    planned = plan_quantize(spec, sources, Fp8Scheme.BLOCK, decoded=["model.embed_tokens.weight"])
+    assert planned.main_dtype is types(planned)["lm_head.weight"] is DType.BFLOAT16
+    assert len(planned.rounded) == planned.tensors_kept
+
+
+@pytest.mark.parametrize("scheme", list(Fp8Scheme))
+@pytest.mark.parametrize("embedding", [DType.BFLOAT16, DType.FLOAT16, DType.FLOAT32])
+@pytest.mark.parametrize("other", [DType.BFLOAT16, DType.FLOAT16, DType.FLOAT32])
+def test_all_that_is_not_fp8_has_one_type(scheme: Fp8Scheme, embedding: DType, other: DType) -> None:
+    """Rounding is named, widening is exact; the scales and the bias of the experts' choice are fp32."""
+    assert QWEN2_MOE.moe is not None
+    spec = replace(QWEN2_MOE, architecture=Architecture.SKYMOE, moe=replace(QWEN2_MOE.moe, expert_bias=True))
+    sources = sources_of(spec, embedding)
+    routers = {place for place in sources if ".router." in place.parameter}
+    sources |= {place: sources_of(spec, other)[place] for place in routers}
+    planned = plan_quantize(spec, sources, scheme)
+    kept = {target: dtype for target, dtype in types(planned).items() if dtype is not DType.FLOAT8_E4M3}
+    kept = {name: dtype for name, dtype in kept.items() if not name.endswith(planned.quantization.scale_suffix)}
+    bias = "model.layers.1.mlp.gate.e_score_correction_bias"
+    assert kept.pop(bias) is DType.FLOAT32
+    assert set(kept.values()) == {embedding} == {planned.main_dtype}
+    loses = embedding is not other and embedding is not DType.FLOAT32
+    assert planned.rounded == (("model.layers.1.mlp.gate.weight",) if loses else ())
 
 
 def test_the_plan_says_what_it_does() -> None:

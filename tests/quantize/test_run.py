@@ -103,6 +103,68 @@ def test_block_fp8_is_what_transformers_reads(oracle: Any, tmp_path: Path, famil
     check_like_transformers(out)
 
 
+def transformers_logits(path: Path, **options: Any) -> Tensor:
+    from transformers import AutoModelForCausalLM
+
+    pytest.importorskip("accelerate")
+    with torch.no_grad():
+        return AutoModelForCausalLM.from_pretrained(path, **options).eval()(tokens()).logits
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_dtype_auto_works_in_transformers(oracle: Any, tmp_path: Path, family: str, dtype: torch.dtype) -> None:
+    """What docs/quantization.md says of `dtype`: the source's type, which is "auto" and the default, and no other."""
+    out = tmp_path / "fp8"
+    quantized(make(oracle, tmp_path / "plain", family, dtype=dtype), out)
+    with torch.no_grad():
+        ours = skymoe.load(out, dtype="float32")(tokens())
+    for options in ({"dtype": "auto"}, {}, {"dtype": dtype}):
+        found = transformers_logits(out, **options)
+        tolerance = 1e-4 if dtype is torch.float32 else 0.05 * float(ours.abs().max())
+        assert found.dtype is dtype and (found - ours).abs().max() < tolerance
+    other = torch.float32 if dtype is torch.bfloat16 else torch.bfloat16
+    with pytest.raises(RuntimeError, match="same dtype"):
+        transformers_logits(out, dtype=other)
+
+
+@pytest.mark.parametrize("mixed", ["router.weight fp32", "embedding fp32", "head and norms fp32"])
+def test_tensors_of_several_types_become_one(oracle: Any, tmp_path: Path, mixed: str) -> None:
+    """Each of these loads in transformers and stops in its forward if every tensor keeps the type it had."""
+    source, out = make(oracle, tmp_path / "plain", "mixtral"), tmp_path / "fp8"
+    wide = {"router.weight fp32": (".gate.",), "embedding fp32": ("embed_tokens",)}.get(mixed, ("lm_head", "norm"))
+    generator = torch.Generator().manual_seed(2)
+    files = {
+        name: tensor + 1e-4 * torch.randn(tensor.shape, generator=generator) if any(p in name for p in wide) else tensor
+        for name, tensor in tensors_of(source).items()
+    }
+    rewrite(source, files)
+    report = quantized(source, out)
+    main = torch.float32 if mixed == "embedding fp32" else torch.bfloat16
+    stored = {name: t for name, t in tensors_of(out).items() if name in files and t.dtype != torch.float8_e4m3fn}
+    assert {tensor.dtype for tensor in stored.values()} == {main}
+    assert all(torch.equal(tensor, files[name].to(main)) for name, tensor in stored.items())
+    assert set(report.rounded) == {name for name in stored if files[name].dtype != main and main != torch.float32}
+    assert any("rounded to bfloat16" in remark for remark in report.remarks) is bool(report.rounded)
+    assert ("tensors that were rounded to bfloat16" in (out / "README.md").read_text()) is bool(report.rounded)
+    found = transformers_logits(out, dtype="auto")
+    if main is torch.bfloat16:
+        assert found.dtype is main and found.isfinite().all()
+        check_like_transformers(out)
+    else:
+        assert (found - skymoe.load(out, dtype="float32")(tokens()).detach()).abs().max() < 1e-4
+
+
+def test_a_kept_tensor_that_its_new_type_cannot_hold_is_an_error(oracle: Any, tmp_path: Path) -> None:
+    source = make(oracle, tmp_path / "plain", "llama", dtype=torch.float16)
+    files = tensors_of(source)
+    files["model.norm.weight"] = files["model.norm.weight"].float().index_fill(0, torch.tensor([5]), 1e5)
+    rewrite(source, files)
+    with pytest.raises(FormatError, match=r"model\.norm\.weight holds .* too large for float16"):
+        quantized(source, tmp_path / "fp8")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plain"]
+
+
 def test_gate_normalized_fp8_is_what_transformers_reads(oracle: Any, tmp_path: Path) -> None:
     source = save_pretrained(initialize(Transformer(SKYMOE), 5), tmp_path / "plain", dtype="bfloat16")
     quantized(source, tmp_path / "fp8")
@@ -227,12 +289,28 @@ def test_what_cannot_be_done_is_said(oracle: Any, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plain"]
 
 
+def test_a_presets_name_is_the_preset_and_a_path_the_directory(
+    oracle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One rule for dry runs, real ones and `inspect`, whatever lies in the working directory."""
+    make(oracle, tmp_path / "skywork-moe", "llama")
+    monkeypatch.chdir(tmp_path)
+    assert dry_run(QuantizeConfig(source="skywork-moe", dry_run=True)).weight_bytes > 1e11
+    assert inspect(InspectConfig(model="skywork-moe")).source == "preset"
+    with pytest.raises(ConfigError, match=r"a preset has no weights(?s:.*)\./skywork-moe names the directory"):
+        quantized(Path("skywork-moe"), tmp_path / "fp8")
+    planned = dry_run(QuantizeConfig(source="./skywork-moe", dry_run=True))
+    assert inspect(InspectConfig(model="./skywork-moe")).source == "directory"
+    report = run(QuantizeConfig(source="./skywork-moe", out=tmp_path / "fp8", receipt_tokens=0))
+    assert planned.weight_bytes == report.weight_bytes < 1e8
+
+
 def test_dry_run_is_the_run(oracle: Any, tmp_path: Path) -> None:
     source = make(oracle, tmp_path / "plain", "mixtral")
     planned = dry_run(QuantizeConfig(source=str(source), dry_run=True))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plain"]
     report = quantized(source, tmp_path / "fp8")
-    for name in ("weight_bytes", "weight_bytes_by_kind", "tensors_quantized", "tensors_kept", "unfit", "remarks"):
+    for name in ("weight_bytes", "weight_bytes_by_kind", "tensors_quantized", "tensors_kept", "unfit", "rounded", "remarks"):
         assert getattr(planned, name) == getattr(report, name)
     data = json.loads(json.dumps(planned.as_json()))
     files = tensors_of(tmp_path / "fp8")

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 import skymoe
-from skymoe.export.config import ExportConfig
+from skymoe.convert.text import TEXT
+from skymoe.data.tokenizer import train_tokenizer
+from skymoe.export.config import ExportConfig, Format
 from skymoe.export.run import run as export
 from skymoe.quantize.config import QuantizeConfig
 from skymoe.quantize.run import run as quantize
@@ -50,3 +52,27 @@ def test_upcycle_from_fp8(oracle: Any, tmp_path: Path, scheme: Fp8Scheme) -> Non
         assert {str(info.dtype) for name, info in reader.names().items() if ".gate." not in name} == {"bfloat16"}
     difference = skymoe.load(out).float()(TOKENS) - skymoe.load(source).float()(TOKENS)
     assert difference.abs().max() < 1e-4
+
+
+def test_quantize_after_the_gate_norm_was_folded(oracle: Any, tmp_path: Path) -> None:
+    """Folded routers are fp32 in a bf16 model; transformers computes the FP8 form of it all the same."""
+    from transformers import AutoModelForCausalLM
+
+    pytest.importorskip("accelerate")
+    pytest.importorskip("tokenizers")
+    dense, moe, folded, out = (tmp_path / name for name in ("dense", "moe", "folded", "fp8"))
+    options = dict(hidden_size=128, intermediate_size=128, num_attention_heads=1, num_key_value_heads=1, head_dim=128)
+    oracle.make(dense, "llama", **options, vocab_size=300, dtype=torch.bfloat16)
+    train_tokenizer([TEXT], 280).save(dense)
+    upcycle(UpcycleConfig(sources=(dense,), out=moe, experts=4, gate_norm=True, receipt_tokens=0))
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT, encoding="utf-8")
+    fold = dict(fold_gate_norm=True, text=text, max_kl=1.0, receipt_tokens=0)
+    export(ExportConfig(source=moe, out=folded, format=Format.MIXTRAL, **fold))
+    report = quantize(QuantizeConfig(source=str(folded), out=out, receipt_tokens=8))
+    assert report.rounded == tuple(f"model.layers.{i}.block_sparse_moe.gate.weight" for i in range(len(report.rounded)))
+    assert report.rounded and any("rounded to bfloat16, the type of the embedding" in told for told in report.remarks)
+    model = AutoModelForCausalLM.from_pretrained(out, dtype="auto").eval()
+    with torch.no_grad():
+        difference = model(TOKENS).logits - skymoe.load(out).float()(TOKENS)
+    assert model.dtype == torch.bfloat16 and difference.abs().max() < 0.1
