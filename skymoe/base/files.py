@@ -33,6 +33,8 @@ _MACHINE_ERRNOS = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EMFILE,
 }  # fmt: skip
 
+PART_SUFFIX = ".part"  # of a file that is still being written, where a name is not hidden
+
 _PATH_ERRNOS = {errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
 
 
@@ -102,19 +104,27 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def ensure_free_space(directory: Path, num_bytes: int) -> None:
-    """Refuse early when `directory` (which need not exist yet) cannot take `num_bytes` more.
+def refuse_existing(final: Path, overwrite: bool) -> None:
+    """Raise ConfigError when `final` cannot be an output directory, because something is there that would be lost.
 
-    Raises:
-        MachineError: naming what is needed and what is free.
+    An output takes its place by a rename. Done to the working directory, that would leave the caller in a directory
+    that is gone; so it is refused, empty or not.
     """
-    existing = directory.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    free = shutil.disk_usage(existing).free
-    if free < num_bytes:
-        what = f"not enough space: {num_bytes / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free"
-        raise MachineError(what, where=directory, hint="free some space or choose another directory")
+    final = _with_a_name(final)
+    if not final.exists() and not final.is_symlink():
+        return
+    if final.is_symlink() or not final.is_dir():
+        raise ConfigError("the output exists and is not a directory", where=final, hint="choose another name")
+    if _holds_working_directory(final):
+        why = "the output takes the place of what is there"
+        raise ConfigError("the output is the working directory, or above it", where=final, why=why, hint="a new name")
+    if not overwrite and any(final.iterdir()):
+        raise ConfigError(
+            "the output directory exists and is not empty",
+            where=final,
+            why="nothing is overwritten unless you ask for it",
+            hint="choose another directory, or replace this one: --overwrite (in Python: overwrite=True)",
+        )
 
 
 @contextmanager
@@ -128,7 +138,8 @@ def staging_directory(final: Path, *, overwrite: bool = False) -> Iterator[Path]
         ConfigError: `final` exists and is not an empty directory, and `overwrite` is not given.
         MachineError: no space, no permission.
     """
-    _refuse_existing(final, overwrite)
+    final = _with_a_name(final)
+    refuse_existing(final, overwrite)
     staging = _hidden_sibling(final, "tmp")
     with machine_errors(final):
         staging.mkdir(parents=True)
@@ -146,9 +157,10 @@ def resumable_directory(final: Path, fingerprint: str, *, overwrite: bool = Fals
     """As `staging_directory`, but a killed or interrupted run leaves its work for the next one with `fingerprint`.
 
     The work is in `.NAME.partial/` beside `final`: `content/`, which becomes `final`, and `fingerprint`, which says of
-    what it is the beginning. SIGKILL, SIGTERM and Ctrl-C leave it there. A run with the same fingerprint finds it, less
-    half-written small files (`write_atomic`); a run with another one throws it away. Any other error removes it: a full
-    disk gets its space back. It is locked while the block runs, where the system has `flock`.
+    what it is the beginning. SIGKILL, SIGTERM and Ctrl-C leave it there, and so does a refusal of the machine (a full
+    disk) when files in it are finished. A run with the same fingerprint finds it, less half-written small files
+    (`write_atomic`); a run with another one throws it away. Any other error removes it. It is locked while the block
+    runs, where the system has `flock`.
 
     Args:
         final: the directory to create.
@@ -159,21 +171,24 @@ def resumable_directory(final: Path, fingerprint: str, *, overwrite: bool = Fals
         ConfigError: `final` exists and is not an empty directory, and `overwrite` is not given.
         MachineError: another run is writing `final`; no space, no permission.
     """
-    _refuse_existing(final, overwrite)
+    final = _with_a_name(final)
+    refuse_existing(final, overwrite)
     partial = final.with_name(f".{final.name}.partial")
     content = partial / "content"
     with machine_errors(final), _locked(partial / "fingerprint", final) as record:
         try:
-            _refuse_existing(final, overwrite)  # a run that held the lock may have published it
+            refuse_existing(final, overwrite)  # a run that held the lock may have published it
             _keep_or_clear(content, record, fingerprint)
             yield content
             fsync_tree(content)
             _publish(content, final)
-        except Exception:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        except BaseException:
-            logger.info("interrupted: the same command goes on from here (or remove %s)", printable(partial))
+        except BaseException as error:
+            interrupted = not isinstance(error, Exception)
+            if interrupted or (_is_of_the_machine(error) and _holds_finished_files(content)):
+                what = "interrupted" if interrupted else "what is finished is kept"
+                logger.info("%s: the same command goes on from here (or remove %s)", what, printable(partial))
+            else:
+                shutil.rmtree(partial, ignore_errors=True)
             raise
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -232,20 +247,6 @@ def _keep_or_clear(content: Path, record: BinaryIO, fingerprint: str) -> None:
     fsync_dir(content.parent)
 
 
-def _refuse_existing(final: Path, overwrite: bool) -> None:
-    if not final.exists() and not final.is_symlink():
-        return
-    if final.is_symlink() or not final.is_dir():
-        raise ConfigError("the output exists and is not a directory", where=final, hint="choose another name")
-    if not overwrite and any(final.iterdir()):
-        raise ConfigError(
-            "the output directory exists and is not empty",
-            where=final,
-            why="nothing is overwritten unless you ask for it",
-            hint="choose another directory, or remove this one",
-        )
-
-
 def _publish(staging: Path, final: Path) -> None:
     aside = None
     if final.exists():
@@ -260,6 +261,27 @@ def _publish(staging: Path, final: Path) -> None:
     fsync_dir(final.absolute().parent)
     if aside is not None:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _with_a_name(final: Path) -> Path:
+    """`final`, spelled so that it has siblings: `.` and `..` have no name to hide one behind."""
+    return final.resolve() if final.name in ("", "..") else final
+
+
+def _holds_working_directory(directory: Path) -> bool:
+    try:
+        return Path.cwd().is_relative_to(directory.resolve())
+    except FileNotFoundError:  # somebody removed it
+        return False
+
+
+def _is_of_the_machine(error: BaseException) -> bool:
+    return isinstance(error, MachineError) or (isinstance(error, OSError) and error.errno in _MACHINE_ERRNOS)
+
+
+def _holds_finished_files(content: Path) -> bool:
+    """Whether a run that goes on would find anything to keep: a file that has its final name."""
+    return any(path.is_file() and path.suffix != PART_SUFFIX and path.name[0] != "." for path in content.rglob("*"))
 
 
 def _hidden_sibling(path: Path, kind: str) -> Path:

@@ -13,8 +13,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from skymoe.base.errors import FormatError
-from skymoe.base.files import ensure_free_space, staging_directory
+from skymoe.base.files import staging_directory
 from skymoe.base.progress import progress
+from skymoe.base.space import ensure_free_space
 from skymoe.data.build import TextWriter, TokenFileReport, hash_share
 from skymoe.data.config import BuildConfig
 from skymoe.data.documents import DocumentReader, InputFile, list_inputs

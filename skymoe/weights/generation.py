@@ -31,8 +31,8 @@ import torch
 from torch import Tensor
 
 from skymoe.base.errors import CheckpointError
-from skymoe.base.files import ensure_free_space
 from skymoe.base.log import logger
+from skymoe.base.space import ensure_free_space
 from skymoe.weights.buffers import bytes_of, empty
 from skymoe.weights.hashed import TensorsToSave, write_files, write_synced
 from skymoe.weights.header import TensorFile

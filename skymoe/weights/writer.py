@@ -25,7 +25,8 @@ from torch import Tensor
 
 from skymoe.base.dtype import DType
 from skymoe.base.errors import FormatError, printable
-from skymoe.base.files import ensure_free_space, fsync_dir, machine_errors, write_atomic
+from skymoe.base.files import PART_SUFFIX, fsync_dir, machine_errors, write_atomic
+from skymoe.base.space import ensure_free_space
 from skymoe.weights.buffers import bytes_of, info_of
 from skymoe.weights.bulk import BulkFile, Disk
 from skymoe.weights.header import Header, TensorInfo, plan_file
@@ -155,7 +156,7 @@ class _Shard:
     def __init__(self, path: Path, prefix: bytes, header: Header) -> None:
         self.path, self.header = path, header
         self.missing = set(header.tensors)
-        self._part = path.with_name(f"{path.name}.part")
+        self._part = path.with_name(path.name + PART_SUFFIX)
         self._prefix = prefix
         self._file: BulkFile | None = None
 

@@ -117,10 +117,36 @@ def test_a_failed_publication_puts_the_old_directory_back(tmp_path: Path, monkey
     assert (names(final), names(tmp_path)) == (["old"], ["model"])
 
 
-def test_free_space(tmp_path: Path) -> None:
-    files.ensure_free_space(tmp_path / "not" / "yet", 1)
-    with pytest.raises(MachineError, match="not enough space"):
-        files.ensure_free_space(tmp_path / "not" / "yet", shutil.disk_usage(tmp_path).total * 2)
+@pytest.mark.parametrize("name", [".", "./.", "..", "x/..", "../here", "gone/..", "/"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_the_working_directory_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, overwrite: bool
+) -> None:
+    (tmp_path / "here" / "x").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    staging = files.staging_directory(Path(name), overwrite=overwrite)
+    for directory in (staging, files.resumable_directory(Path(name), "a", overwrite=overwrite)):
+        with pytest.raises(ConfigError, match="working directory"), directory:
+            pytest.fail("the block must not run")
+    assert (names(tmp_path), names(tmp_path / "here")) == (["here"], ["x"])
+
+
+def test_a_path_that_ends_in_dots_is_where_the_system_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there" / "in").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    for number, directory in enumerate(
+        (files.staging_directory, lambda *a, **k: files.resumable_directory(*a, "f", **k))
+    ):
+        (tmp_path / "there" / "in").mkdir(exist_ok=True)
+        with pytest.raises(ConfigError, match="not empty.*\n.*\n.*--overwrite"), directory(Path("../there/in/..")):
+            pytest.fail("the block must not run")
+        with directory(Path("../there/in/.."), overwrite=True) as content:
+            (content / f"w{number}").write_text("")
+        assert (names(tmp_path), names(tmp_path / "there")) == (["here", "there"], [f"w{number}"])
+    with files.staging_directory(Path("new/.")) as content:
+        (content / "w").write_text("")
+    assert names(tmp_path / "here" / "new") == ["w"]
 
 
 def test_only_refusals_of_the_machine_are_translated() -> None:
@@ -164,9 +190,27 @@ def test_work_on_something_else_is_begun_anew(tmp_path: Path, caplog: pytest.Log
 def test_an_error_leaves_nothing_to_resume(tmp_path: Path) -> None:
     for error in (RuntimeError, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))):
         with pytest.raises((RuntimeError, MachineError)), files.resumable_directory(tmp_path / "m", "a") as content:
-            (content / "w").write_bytes(b"1")
+            (content / "w.part").write_bytes(b"1")
+            (content / ".c.json.tmp-0123abcd").write_bytes(b"1")
             raise error
         assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), MachineError("not enough space")])
+def test_a_full_disk_does_not_cost_what_is_finished(
+    tmp_path: Path, error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "skymoe")
+    with pytest.raises(MachineError), files.resumable_directory(tmp_path / "m", "a") as content:
+        (content / "w").write_bytes(b"1")
+        raise error
+    assert "kept: the same command goes on" in caplog.text
+    with pytest.raises(MachineError), files.resumable_directory(tmp_path / "m", "a") as content:
+        raise error  # at once: nothing was added
+    with pytest.raises(RuntimeError), files.resumable_directory(tmp_path / "m", "a") as content:
+        assert names(content) == ["w"]
+        raise RuntimeError
+    assert names(tmp_path) == []
 
 
 def test_resumable_refuses_and_replaces_like_staging(tmp_path: Path) -> None:

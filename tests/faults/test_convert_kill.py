@@ -217,6 +217,10 @@ def test_the_space_for_the_rest_is_asked_for_before(reference, tmp_path, monkeyp
     monkeypatch.setattr(shutil, "disk_usage", lambda path: real._replace(free=rest - 1))
     with pytest.raises(MachineError, match="not enough space.*needed.*free"):
         upcycle(reference.dense, tmp_path / "another")
+    with pytest.raises(MachineError, match="not enough space"):
+        upcycle(reference.dense, out)
+    assert finished_shards(out) == kept
+    assert not (tmp_path / ".another.partial").exists()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: real._replace(free=rest))
     upcycle(reference.dense, out)
     assert content(out) == reference.content
