@@ -69,11 +69,12 @@ def measure(
 
 def judge(expected: Exactness, found: Comparison, *, narrowed: bool) -> tuple[bool, str]:
     """Whether promise and measurement together say "exact", and why or why not."""
-    agrees = found.max_abs_dlogit <= _TOLERANCE * max(1.0, found.max_abs_logit)  # False for not-a-number
-    if not expected.exact or agrees:
-        return expected.exact and agrees, expected.reason
     if not math.isfinite(found.max_abs_dlogit):
-        return False, f"a logit is not a finite number; it should be exact ({expected.reason})"
+        told = f"it should be exact ({expected.reason})" if expected.exact else expected.reason
+        return False, f"a logit is infinite or not a number; {told}"
+    agrees = found.max_abs_dlogit <= _TOLERANCE * max(1.0, found.max_abs_logit)
+    if not expected.exact or agrees:
+        return expected.exact, expected.reason
     if narrowed:
         return False, f"the weights were rounded to a narrower format; before that, {expected.reason}"
     differs = f"a logit differs by {found.max_abs_dlogit:.3g}: please report this"

@@ -118,7 +118,7 @@ def test_not_a_number_is_told_and_fits_json(model):
     damaged = damaged_copy(model, "model.norm.weight", 3, float("nan"))
     receipt = measure(model, damaged, PROMISE, num_tokens=8, seed=0)
     assert (receipt.exact, receipt.max_abs_dlogit, receipt.loss, receipt.perplexity) == (False, None, None, None)
-    assert "not a finite number" in receipt.reason
+    assert receipt.reason == "a logit is infinite or not a number; it should be exact (the same tensors)"
     json.dumps(receipt.as_json(), allow_nan=False)
 
 
@@ -134,7 +134,13 @@ def test_the_verdict():
         False, "the weights were rounded to a narrower format; before that, the same tensors",
     )  # fmt: skip
     assert judge(Exactness(False, "noise"), found(0.0), narrowed=False) == (False, "noise")
-    assert not judge(PROMISE, found(float("nan")), narrowed=False)[0]
+    for bad in (math.nan, math.inf):
+        told = "a logit is infinite or not a number; "
+        for narrowed in (False, True):
+            expected = (False, f"{told}it should be exact (the same tensors)")
+            assert judge(PROMISE, found(bad), narrowed=narrowed) == expected
+        assert judge(Exactness(False, "noise"), found(bad), narrowed=False) == (False, f"{told}noise")
+        assert judge(PROMISE, found(bad, bad), narrowed=False)[0] is False  # infinite in proportion is no agreement
 
 
 def test_kl_by_hand():
