@@ -20,9 +20,17 @@ _OF_EXPERTS = ("moe", "moe.*", "moe_layers*", "ffn_size")
 _CIRCUMSTANCES = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "auto_map", "use_cache")
 
 
-def compare_specs(left: ModelSpec, right: ModelSpec, *, experts: bool = False) -> list[FieldRow]:
-    """The fields of ModelSpec that differ; `experts`: that B has experts where A is dense is expected."""
-    passed = _NO_EFFECT + (_OF_EXPERTS if experts else ())
+def compare_specs(
+    left: ModelSpec, right: ModelSpec, *, experts: bool = False, unused: frozenset[str] = frozenset()
+) -> list[FieldRow]:
+    """The fields of ModelSpec that differ.
+
+    Args:
+        left, right: the models.
+        experts: that B has experts where A is dense is expected.
+        unused: fields that differ only because one of the models has a part that computes nothing.
+    """
+    passed = (*_NO_EFFECT, *(_OF_EXPERTS if experts else ()), *unused)
     if RopeScaling.DYNAMIC in (left.rope.scaling, right.rope.scaling):
         passed = tuple(name for name in passed if name != "max_position")
     return [_row(name, one, other, passed) for name, one, other in _changes(_plain(left), _plain(right))]

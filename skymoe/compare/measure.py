@@ -20,7 +20,13 @@ from skymoe.weights.reader import WeightsReader
 
 
 def compare_pair(
-    pair: Pair, left: WeightsReader, right: WeightsReader, *, tolerance: float | None, block_bytes: int
+    pair: Pair,
+    left: WeightsReader,
+    right: WeightsReader,
+    *,
+    tolerance: float | None,
+    block_bytes: int,
+    unused: bool = False,
 ) -> tuple[TensorRow, Distance | None]:
     """The row of `pair`, and the distance of its tensors where they have one shape.
 
@@ -29,10 +35,11 @@ def compare_pair(
         left, right: the models.
         tolerance: see CompareConfig.
         block_bytes: the most bytes of one tensor held at a time, in fp64.
+        unused: the tensor has no partner and adds nothing (`unused.py`).
     """
     if pair.left is None or pair.right is None:
         verdict = Verdict.ONLY_RIGHT if pair.left is None else Verdict.ONLY_LEFT
-        return _row(pair, verdict, equal=pair.expected), None
+        return _row(pair, Verdict.NOTHING if unused else verdict, equal=pair.expected or unused), None
     if pair.left.shape != pair.right.shape:
         return _row(pair, Verdict.SHAPE, equal=False), None
     rows = _rows_of_a_block(pair.left.shape, block_bytes)
@@ -78,13 +85,24 @@ def _row(pair: Pair, verdict: Verdict, *, equal: bool, found: Distance | None = 
     )
 
 
+def blocks_of(reader: WeightsReader, source: Source, block_bytes: int) -> Iterator[Tensor]:
+    """The tensor at `source`, block of rows by block of rows."""
+    num_rows, rows = _num_rows(source), _rows_of_a_block(source.shape, block_bytes)
+    for start in range(0, num_rows, rows):
+        yield _read(reader, source, range(start, min(start + rows, num_rows)))
+
+
+def _num_rows(source: Source) -> int:
+    return source.shape[0] if source.shape else 1
+
+
 def _rows_of_a_block(shape: tuple[int, ...], block_bytes: int) -> int:
     return max(1, block_bytes // (8 * max(1, math.prod(shape[1:]))))
 
 
 def _blocks(pair: Pair, left: WeightsReader, right: WeightsReader, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
     assert pair.left is not None and pair.right is not None
-    num_rows = pair.left.shape[0] if pair.left.shape else 1
+    num_rows = _num_rows(pair.left)
     for start in range(0, num_rows, rows):
         part = range(start, min(start + rows, num_rows))
         yield _read(left, pair.left, part), _read(right, pair.right, part)

@@ -20,6 +20,7 @@ class Verdict(StrEnum):
     SHAPE = "shape"  # cannot be compared
     ONLY_LEFT = "only A"
     ONLY_RIGHT = "only B"
+    NOTHING = "adds nothing"  # only in one of the models, where it computes exactly zero
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class TensorRow:
     Attributes:
         name: its place in the model (`layers.3.moe.experts.0.up`), or in raw mode its name in the files.
         verdict: how the two compare.
-        equal: it makes no difference for the exit code: same bits, within the tolerance, or expected to be missing.
+        equal: it makes no difference for the exit code: same bits, within the tolerance, expected to be missing,
+            or without effect.
         left, right: names in the files of A and B; "" where there is none.
         left_dtype, right_dtype, left_shape, right_shape: the same for number format and shape.
         max_abs: largest |A - B|; None where nothing was computed. Infinite: a number against NaN or infinity.

@@ -19,6 +19,7 @@ from skymoe.compare.measure import compare_pair
 from skymoe.compare.pairs import Pair, pair, pair_experts, with_heads
 from skymoe.compare.result import SCHEMA, CompareReport, ExpertRow, FieldRow, TensorRow
 from skymoe.compare.sides import Side, open_sides
+from skymoe.compare.unused import find_unused, unused_fields
 from skymoe.ops.distance import Distance
 
 
@@ -34,7 +35,8 @@ def run(config: CompareConfig) -> CompareReport:
     with ExitStack() as stack:
         left, right, notes = open_sides(config, stack)
         pairs = _pairs(left, right, config)
-        tensors, experts = _compare(pairs, left, right, config)
+        unused = _unused(pairs, left, right, config)
+        tensors, experts = _compare(pairs, unused, left, right, config)
     return CompareReport(
         schema=SCHEMA,
         left=str(config.left),
@@ -45,7 +47,7 @@ def run(config: CompareConfig) -> CompareReport:
         tolerance=config.tolerance,
         tensors=tuple(tensors),
         experts=tuple(experts),
-        fields=tuple(_fields(left, right, config)),
+        fields=tuple(_fields(left, right, unused_fields(pairs, unused), config)),
         notes=notes,
         bytes_read=sum(one.num_bytes for one in pairs if one.left and one.right),
         seconds=round(time.monotonic() - started, 3),
@@ -66,15 +68,26 @@ def _pairs(left: Side, right: Side, config: CompareConfig) -> list[Pair]:
     return pairs
 
 
+def _unused(pairs: list[Pair], left: Side, right: Side, config: CompareConfig) -> frozenset[str]:
+    if left.spec is None or right.spec is None:
+        return frozenset()  # nobody knows what the tensors are for
+    return find_unused(pairs, left.reader, right.reader, block_bytes=config.block_bytes)
+
+
 def _compare(
-    pairs: list[Pair], left: Side, right: Side, config: CompareConfig
+    pairs: list[Pair], unused: frozenset[str], left: Side, right: Side, config: CompareConfig
 ) -> tuple[list[TensorRow], list[ExpertRow]]:
     rows = []
     experts: dict[tuple[int, int], list[tuple[TensorRow, Distance | None]]] = {}
     with progress("compare", sum(one.num_bytes for one in pairs) / 1e6, "MB") as bar:
         for one in pairs:
             row, found = compare_pair(
-                one, left.reader, right.reader, tolerance=config.tolerance, block_bytes=config.block_bytes
+                one,
+                left.reader,
+                right.reader,
+                tolerance=config.tolerance,
+                block_bytes=config.block_bytes,
+                unused=one.name in unused,
             )
             rows.append(row)
             if one.expert:
@@ -90,10 +103,10 @@ def _expert(layer: int, expert: int, parts: list[tuple[TensorRow, Distance | Non
     return ExpertRow(layer, expert, same, whole.max_abs, whole.relative_rms, whole.cosine)
 
 
-def _fields(left: Side, right: Side, config: CompareConfig) -> list[FieldRow]:
+def _fields(left: Side, right: Side, unused: frozenset[str], config: CompareConfig) -> list[FieldRow]:
     if left.spec is None or right.spec is None:
         return compare_documents(left.document, right.document, effect=True)
-    rows = compare_specs(left.spec, right.spec, experts=config.experts)
+    rows = compare_specs(left.spec, right.spec, experts=config.experts, unused=unused)
     if left.spec.architecture is right.spec.architecture:
         rows += compare_documents(left.document, right.document, effect=False)
     return rows

@@ -22,6 +22,7 @@ _WORDS = {
     Verdict.SHAPE: "of another shape",
     Verdict.ONLY_LEFT: "only in A",
     Verdict.ONLY_RIGHT: "only in B",
+    Verdict.NOTHING: "without a partner, adding nothing",
 }
 
 
@@ -66,6 +67,8 @@ def _tensors(groups: list[tuple[str, list[TensorRow]]]) -> Table:
 
 def _verdict(group: list[TensorRow]) -> str:
     first = group[0]
+    if first.verdict is Verdict.NOTHING:
+        return f"only in {'A' if first.left else 'B'}, adds nothing"
     told = _WORDS[first.verdict]
     if first.verdict is Verdict.SHAPE:
         told += f" {list(first.left_shape)} / {list(first.right_shape)}"

@@ -21,6 +21,8 @@ from skymoe.compare.config import CompareConfig
 from skymoe.compare.result import CompareReport, TensorRow, Verdict
 from skymoe.compare.run import run
 from skymoe.compare.table import show
+from skymoe.export.config import ExportConfig
+from skymoe.export.run import run as export
 from skymoe.model.init import initialize
 from skymoe.model.save import save_pretrained
 from skymoe.model.transformer import Transformer
@@ -242,6 +244,67 @@ def test_fields_that_change_the_computation(make: Make) -> None:
     assert found["moe.gate_norm"] is False and found["eos_ids"] is True and found["config.json:eos_token_id"] is True
     again = compare(b, make("c", replace(MOE, architecture=Architecture.SKYMOE, moe=norm, eos_ids=(3, 4))))
     assert again.exit_code == 0 and {row.name for row in again.fields} >= {"eos_ids"}
+
+
+SHARED = replace(
+    MOE, architecture=Architecture.SKYMOE, moe=MoESpec(num_experts=5, top_k=2, ffn_size=44, shared_ffn_size=21)
+)
+LAYERS = [f"model.layers.{layer}.mlp.shared_expert" for layer in range(3)]
+
+
+def test_an_exact_export_that_adds_a_zero_shared_expert_is_equal(make: Make) -> None:
+    a = make("a", MOE)
+    b = a.parent / "b"
+    export(check_config(ExportConfig, {"source": str(a), "out": str(b), "format": "qwen2_moe", "receipt_tokens": 0}))
+    for left, right, side in ((a, b, "B"), (b, a, "A")):
+        report = compare(left, right, block_bytes=1000)
+        assert report.counts == {"same": 69, "adds nothing": 12} and report.exit_code == 0
+        assert {row.name: row.equal for row in report.fields} == {"architecture": True, "moe.shared_ffn_size": True}
+        shown = text_of(report)
+        assert f"only in {side}, adds nothing" in shown and "12 without a partner, adding nothing" in shown
+    row = row_of(compare(a, b), "layers.2.moe.shared.down.weight")
+    assert (row.equal, row.left, row.right) == (True, "", f"{LAYERS[2]}.down_proj.weight")
+    raw = compare(a, b, raw=True)
+    assert raw.exit_code == 1 and "adds nothing" not in raw.counts
+
+
+@pytest.mark.parametrize("zero", ["down_proj", "gate_proj", "up_proj"])
+def test_one_matrix_of_zeros_silences_a_shared_expert(make: Make, zero: str) -> None:
+    shared = make("shared", SHARED)
+    plain = make("plain", replace(MOE, architecture=Architecture.SKYMOE))
+    tensors = load_file(shared / "model.safetensors")
+    rest = {name: tensor for name, tensor in tensors.items() if ".shared_expert" not in name}
+    save_file(rest, plain / "model.safetensors")
+    for layer in LAYERS[:2]:
+        change(shared, f"{layer}.{zero}.weight", torch.zeros_like)
+    report = compare(plain, shared)  # one layer still computes something
+    assert (report.counts["only B"], report.counts["adds nothing"], report.exit_code) == (4, 8, 1)
+    assert {row.name: row.equal for row in report.fields} == {"moe.shared_ffn_size": False, SIZE_FIELD: True}
+    change(shared, f"{LAYERS[2]}_gate.weight", torch.zeros_like)  # sigmoid(0) is 1/2
+    assert compare(plain, shared).exit_code == 1
+    change(shared, f"{LAYERS[2]}.{zero}.weight", torch.zeros_like)
+    assert compare(plain, shared, block_bytes=100).exit_code == 0
+    other = "up_proj" if zero == "down_proj" else "down_proj"
+    change(shared, f"{LAYERS[0]}.{other}.weight", lambda weight: weight.index_fill(0, torch.tensor([3]), torch.inf))
+    assert compare(plain, shared).exit_code == 1  # 0 times infinity is no number
+
+
+SIZE_FIELD = "config.json:shared_expert_intermediate_size"
+
+
+def test_biases_of_zero_that_one_model_has(make: Make) -> None:
+    spec = replace(MOE, architecture=Architecture.SKYMOE)
+    biased = replace(spec, qkv_bias=True, o_bias=True, moe=replace(MOE.moe, expert_bias=True))
+    a, b = make("a", spec), make("b", biased)  # biases start at zero
+    tensors = load_file(b / "model.safetensors")
+    save_file({name: t for name, t in tensors.items() if "bias" not in name}, a / "model.safetensors")
+    report = compare(a, b)
+    assert report.counts["adds nothing"] == 3 * 5 and report.exit_code == 0
+    change(b, "model.layers.1.self_attn.k_proj.bias", lambda bias: bias.index_fill(0, torch.tensor([4]), 1e-30))
+    report = compare(a, b)
+    assert (report.counts["only B"], report.counts["adds nothing"], report.exit_code) == (1, 14, 1)
+    fields = {row.name: row.equal for row in report.fields}
+    assert (fields["qkv_bias"], fields["o_bias"], fields["moe.expert_bias"]) == (False, True, True)
 
 
 def test_raw_compares_names_and_stored_numbers(make: Make) -> None:
