@@ -64,15 +64,20 @@ def router_centroids(
 
     Raises:
         ConfigError: fewer tokens than clusters.
+        FormatError: hidden states are NaN or infinite.
     """
     if tokens_BT.numel() < clusters:
         what = f"{tokens_BT.numel()} tokens cannot be put into {clusters} clusters"
         raise ConfigError(what, hint="a longer text, or more centroid_tokens")
-    return {
-        layer: spherical_k_means(x_TD, clusters, f"{seed}/centroids/{layer}")
-        for layer, x_TD, _ in router_inputs(directory, tokens_BT)
-        if layer in layers
-    }
+    found = {}
+    for layer, x_TD, _ in router_inputs(directory, tokens_BT):
+        if layer not in layers:
+            continue
+        if not bool(torch.isfinite(x_TD).all()):
+            what = f"the hidden states that enter the feed-forward of layer {layer} hold NaN or infinity"
+            raise FormatError(what, where=directory, why="weights before it do, or are far too large")
+        found[layer] = spherical_k_means(x_TD, clusters, f"{seed}/centroids/{layer}")
+    return found
 
 
 def spherical_k_means(x_TD: Tensor, clusters: int, key: str) -> Tensor:

@@ -5,43 +5,61 @@ Random values and the statistics they follow come from `ops.reproducible`: the s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from skymoe.base.errors import FormatError
 from skymoe.convert.apply import Make, Read, make_common
-from skymoe.convert.plan import Operation
+from skymoe.convert.plan import Operation, Source
 from skymoe.ops.reproducible import choice, mean_and_std, normal, permutation, uniform
 from skymoe.upcycle.operations import AddNoise, Average, Centroids, CloneRows, Random, Redraw, Shards
 
 
-def maker(centroids: Mapping[int, Tensor]) -> Make:
+def maker(centroids: Mapping[int, Tensor], directories: Sequence[Path]) -> Make:
     """The function that makes the results of every operation of this job.
+
+    It raises FormatError where a tensor that is reckoned with holds NaN or infinity: one NaN would make the mean NaN,
+    and with it every neuron drawn anew. What is only copied or cut is left to the receipt.
 
     Args:
         centroids: of each layer, (clusters, D) of unit length; empty when no router is made of them.
+        directories: of the parents, for the message.
     """
 
     def make(operation: Operation, read: Read) -> tuple[Tensor, ...]:
+        def finite(source: Source) -> Tensor:
+            weight = read(source)
+            if not is_finite(weight):
+                raise FormatError(f"tensor {source.name} holds NaN or infinity", where=directories[source.parent])
+            return weight
+
         match operation:
             case Random():
                 return (random_rows(operation),)
             case Centroids():
                 return (repeated(centroids[operation.layer] * operation.length, operation.repeat),)
             case Redraw():
-                return (redraw(operation, read(operation.source)),)
+                return (redraw(operation, finite(operation.source)),)
             case AddNoise():
-                return (add_noise(operation, read(operation.source)),)
+                return (add_noise(operation, finite(operation.source)),)
             case Shards():
                 return shards(operation, read(operation.source))
             case Average():
-                return (average(operation, read),)
+                return (average(operation, finite),)
             case CloneRows():
-                return (clone_rows(operation, read(operation.source)),)
+                return (clone_rows(operation, finite(operation.source)),)
         return make_common(operation, read)
 
     return make
+
+
+def is_finite(weight: Tensor) -> bool:
+    """Whether no value is NaN or infinite; one pass without a copy, as a NaN anywhere is both extremes."""
+    return all(math.isfinite(float(extreme)) for extreme in torch.aminmax(weight))
 
 
 def random_rows(operation: Random) -> Tensor:

@@ -99,19 +99,19 @@ def make_expert(
 
 def copy(expert: Expert, dense: Dense) -> Made:
     """The dense matrix."""
-    return Made(Copy(_source(expert, dense)))
+    return Made(Copy(dense_source(expert, dense)))
 
 
 def drop(expert: Expert, dense: Dense, config: UpcycleConfig) -> Made:
     """The dense matrix with a share of the neurons drawn anew from N(mean, deviation) of what they replace."""
     indices, values = _neuron_keys(expert, config)
-    return Made(Redraw(_source(expert, dense), expert.matrix.axis, config.ratio, indices, values))
+    return Made(Redraw(dense_source(expert, dense), expert.matrix.axis, config.ratio, indices, values))
 
 
 def noise(expert: Expert, dense: Dense, config: UpcycleConfig) -> Made:
     """The dense matrix with noise on a share of the neurons."""
     indices, values = _neuron_keys(expert, config)
-    source = _source(expert, dense)
+    source = dense_source(expert, dense)
     return Made(AddNoise(source, expert.matrix.axis, config.noise_share, indices, values, config.noise_std))
 
 
@@ -120,14 +120,16 @@ def virtual_group(expert: Expert, dense: Dense, blueprint: Blueprint) -> Made:
     scale = blueprint.down_scale if expert.matrix is Matrix.DOWN else blueprint.gate_up_scale
     count = blueprint.shared_shards + blueprint.shards
     slot = blueprint.shared_shards + expert.number % blueprint.shards
-    return Made(Shards(_source(expert, dense), expert.matrix.axis, count, scale), slot)
+    return Made(Shards(dense_source(expert, dense), expert.matrix.axis, count, scale), slot)
 
 
 def partition(expert: Expert, dense: Dense, blueprint: Blueprint, config: UpcycleConfig) -> Made:
     """Part i of n of the neurons, the same neurons in all three matrices."""
     shuffle = f"{config.seed}/layers.{expert.layer}/neurons" if config.partition_order is Order.RANDOM else ""
     scale = blueprint.down_scale if expert.matrix is Matrix.DOWN else 1.0
-    return Made(Shards(_source(expert, dense), expert.matrix.axis, blueprint.shards, scale, shuffle), expert.number)
+    return Made(
+        Shards(dense_source(expert, dense), expert.matrix.axis, blueprint.shards, scale, shuffle), expert.number
+    )
 
 
 def duplicate(place: Place, sources: Sources, blueprint: Blueprint) -> Made:
@@ -147,7 +149,8 @@ def shared_expert(layer: int, matrix: Matrix, dense: Dense, blueprint: Blueprint
     return Made(Copy(replace(source, parts=parts), scale))
 
 
-def _source(expert: Expert, dense: Dense) -> Source:
+def dense_source(expert: Expert, dense: Dense) -> Source:
+    """The dense matrix that becomes this one of the expert."""
     return dense[f"layers.{expert.layer}.mlp.{expert.matrix}.weight"]
 
 

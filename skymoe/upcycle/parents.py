@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 
 from skymoe.base.errors import ConfigError
 from skymoe.spec.model import ModelSpec, RopeSpec
-from skymoe.upcycle.config import Method, Shared, UpcycleConfig
+from skymoe.upcycle.config import PRESETS, Method, Shared, UpcycleConfig
 
+_GATE_DECIDES = "the gate of a trained mixture decides what it computes"
 _OWN = ("bos_id", "eos_ids", "pad_id", "init_std")  # specialists may differ here: the base's are kept
 
 
@@ -53,10 +54,14 @@ def _check_mixture(config: UpcycleConfig, spec: ModelSpec) -> None:
         why = "method duplicate copies the experts of a mixture"
         raise ConfigError(what, where=config.sources[0], why=why, hint="--method copy makes a mixture of a dense model")
     has_norm = spec.moe.gate_norm is not None
-    if config.gate_norm is not None and config.gate_norm != has_norm:
-        what = f"gate_norm is asked to be {config.gate_norm}, the model's gate is {has_norm}".lower()
-        why = "the gate of a trained mixture decides what it computes"
-        raise ConfigError(what, where=config.sources[0], why=why, hint="leave the option out")
+    wanted = PRESETS[config.preset].gate_norm if config.gate_norm is None else config.gate_norm
+    if wanted is not None and wanted != has_norm:
+        by, hint = "gate_norm", "leave the option out"
+        if config.gate_norm is None:
+            by, hint = f"preset {config.preset}", "leave the preset out: --experts and --top-k say the rest of it"
+        words = {True: "a normalized gate", False: "a gate without normalization"}
+        what, why = f"{by} asks for {words[wanted]}, the model has {words[has_norm]}", _GATE_DECIDES
+        raise ConfigError(what, where=config.sources[0], why=why, hint=hint)
     assert config.shared is Shared.NONE  # the config has refused it
 
 

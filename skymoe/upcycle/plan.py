@@ -12,16 +12,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from skymoe.base.dtype import DType
+from skymoe.base.errors import ConfigError
 from skymoe.convert.exactness import Exactness
 from skymoe.convert.plan import ConversionPlan, Copy, Operation, Step, Target, Zeros, plan_of
 from skymoe.spec.model import ModelSpec
 from skymoe.upcycle.blueprint import Blueprint, draw_blueprint
 from skymoe.upcycle.config import Method, Rest, RouterInit, UpcycleConfig
 from skymoe.upcycle.exactness import promise
-from skymoe.upcycle.methods import Expert, Made, Matrix, Sources, make_expert, shared_expert
+from skymoe.upcycle.methods import Expert, Made, Matrix, Sources, dense_source, make_expert, shared_expert
 from skymoe.upcycle.operations import Average, Centroids, CloneRows, Random, Shards
 from skymoe.upcycle.target import target_spec
 from skymoe.weights.names import Place, tensor_table
+
+MAX_EXPERT_TENSORS = 2_000_000
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Conversion:
             target.dtype.itemsize < 4 and (target.dtype is not source.dtype or not _is_power_of_2(step.operation))
             for step in self.plan.steps
             for target in step.targets
-            for source in step.operation.sources[:1]
+            for source in step.operation.sources
         )
 
 
@@ -83,8 +86,29 @@ def plan_conversion(
     """
     blueprint = draw_blueprint(config, specs)
     target, more = target_spec(specs[0], blueprint, config.format)
+    _check_size(target)
     plan = _Planner(config, blueprint, target, sources, text).plan()
-    return Conversion(specs[0], target, blueprint, plan, promise(blueprint), (*remarks, *more))
+    told = (*remarks, *(_several_types(sources) if config.dtype is None else ()), *more)
+    return Conversion(specs[0], target, blueprint, plan, promise(blueprint), told)
+
+
+def _check_size(target: ModelSpec) -> None:
+    """Refuse a number of tensors that would take all memory to write down; no model there is comes near it."""
+    experts = target.moe.num_experts if target.moe else 0
+    count = len(tuple(Matrix)) * experts * len(target.moe_layer_ids)
+    if count > MAX_EXPERT_TENSORS:
+        what = f"{experts} experts in each of {len(target.moe_layer_ids)} layers are {count:,} tensors"
+        why = f"at most {MAX_EXPERT_TENSORS:,} are planned"
+        raise ConfigError(what, why=why, hint="fewer experts, or fewer layers")
+
+
+def _several_types(sources: Sequence[Sources]) -> tuple[str, ...]:
+    """A remark when not all parents have the element types of the first."""
+    types = [sorted({source.dtype.value for source in parent.values()}) for parent in sources]
+    others = sorted({", ".join(each) for each in types[1:] if each != types[0]})
+    first = ", ".join(types[0])
+    told = f"sources are of {' and of '.join(others)}, the first one is of {first}: the output is as the first one"
+    return (told,) if others else ()
 
 
 class _Planner:
@@ -111,19 +135,20 @@ class _Planner:
         return plan_of(merged, list(table))
 
     def dtype(self, place: Place, operation: Operation) -> DType:
-        """That of the first source (specialists may be of several types, the output is of one)."""
+        """That of the same tensor of the first source: specialists may be of several types, the output is of one."""
         if place.parameter.endswith("expert_bias"):
             return DType.FLOAT32
         if self.config.dtype is not None:
             return self.config.dtype
+        if self.blueprint.method is Method.SPECIALISTS and place.expert is not None:
+            return dense_source(_expert(place), self.plain[0]).dtype
         return operation.sources[0].dtype if operation.sources else self.main_dtype
 
     def make(self, place: Place) -> Made:
         """What makes the tensor at `place`."""
         layer, name = _layer_and_name(place.parameter)
         if place.expert is not None:
-            expert = Expert(layer, place.expert, _matrix(place))
-            return make_expert(expert, place, self.blueprint, self.config, self.plain, self.sources[0])
+            return make_expert(_expert(place), place, self.blueprint, self.config, self.plain, self.sources[0])
         if name.startswith("moe.router.") and self.blueprint.method is Method.DUPLICATE:
             return Made(self.cloned_router(place))
         if name == "moe.router.weight":
@@ -176,6 +201,11 @@ class _Planner:
 def _is_power_of_2(operation: Operation) -> bool:
     """Whether its factor only moves exponents."""
     return not isinstance(operation, (Copy, Shards)) or math.frexp(operation.scale)[0] == 0.5
+
+
+def _expert(place: Place) -> Expert:
+    assert place.expert is not None
+    return Expert(_layer_and_name(place.parameter)[0], place.expert, _matrix(place))
 
 
 def _matrix(place: Place) -> Matrix:

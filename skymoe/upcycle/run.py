@@ -56,7 +56,8 @@ def run(config: UpcycleConfig) -> UpcycleReport:
             resumable_directory(config.out, fingerprint, overwrite=config.overwrite) as staging,
             FileHashes([parent.directory for parent in parents]) as hashes,
         ):
-            make = maker(_centroids(config, conversion, parents[0], tokens_BT))
+            centroids = _centroids(config, conversion, parents[0], tokens_BT)
+            make = maker(centroids, [parent.directory for parent in parents])
             replay(
                 conversion.plan, parents, staging, make, name="upcycle", max_shard_bytes=config.max_shard_bytes
             )  # fmt: skip

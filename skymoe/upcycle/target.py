@@ -6,12 +6,11 @@ import math
 from dataclasses import replace
 
 from skymoe.base.errors import ConfigError
+from skymoe.convert.forms import ZERO_SHARED_FFN_SIZE
 from skymoe.spec.hf_families import uncarried
 from skymoe.spec.model import Architecture, ModelSpec
 from skymoe.upcycle.blueprint import Blueprint
 from skymoe.upcycle.config import Method, Shared, TargetFormat
-
-SHARED_FFN_SIZE = 128  # of the shared expert that qwen2_moe insists on; its output is zero
 
 _LLAMA_SHAPED = (Architecture.LLAMA, Architecture.MISTRAL, Architecture.SKYWORK)
 _NATIVE = {  # best first
@@ -71,7 +70,7 @@ def _as(wide: ModelSpec, architecture: Architecture) -> ModelSpec:
     moe = wide.moe
     assert moe is not None
     if architecture is Architecture.QWEN2_MOE and not moe.shared_ffn_size:
-        moe = replace(moe, shared_ffn_size=SHARED_FFN_SIZE)
+        moe = replace(moe, shared_ffn_size=ZERO_SHARED_FFN_SIZE)
     return replace(wide, architecture=architecture, moe=moe)
 
 

@@ -119,13 +119,23 @@ def test_impossible_requests_name_a_way_out(options, told):
         ([LLAMA, replace(LLAMA, rope=replace(LLAMA.rope, theta=9.0))], {"method": "specialists"}, "rope.theta is 9.0"),
         ([MIXTURE], {}, r"already a mixture of experts[\s\S]*--method duplicate[\s\S]*dense parent"),
         ([MIXTURE], {"method": "duplicate", "experts": 16}, r"has 16 already[\s\S]*--experts 32"),
-        ([MIXTURE], {"method": "duplicate", "gate_norm": False}, "gate_norm is asked to be false"),
+        ([MIXTURE], {"method": "duplicate", "gate_norm": False}, "gate_norm asks for a gate without"),
+        ([MIXTURE], {"method": "duplicate", "preset": "portable", "experts": 32}, "preset portable asks for a gate wi"),
+        ([PRESETS["mixtral-8x7b"]], {"method": "duplicate", "preset": "skywork"},
+         r"preset skywork asks for a normalized gate, the model has a gate without[\s\S]*leave the preset out"),
         ([replace(LLAMA, mlp_bias=True)], {}, "mlp_bias"),
     ],
 )  # fmt: skip
 def test_parents_that_do_not_fit(specs, options, told):
     with pytest.raises(ConfigError, match=told):
         draw(*specs, **options)
+
+
+def test_a_preset_that_agrees_with_the_gate_of_a_mixture():
+    made = draw(PRESETS["mixtral-8x7b"], method="duplicate", preset="portable", experts=16)
+    assert (made.moe.num_experts, made.moe.gate_norm) == (16, None)
+    told = draw(PRESETS["mixtral-8x7b"], method="duplicate", preset="skywork", gate_norm=False)
+    assert (told.moe.num_experts, told.moe.gate_norm) == (16, None)  # what is given beside a preset wins
 
 
 def test_specialists_may_differ_in_their_special_tokens():

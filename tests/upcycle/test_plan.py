@@ -22,12 +22,14 @@ from skymoe.weights.header import TensorInfo
 from skymoe.weights.names import tensor_table
 
 
-def make_plan(name, count=1, **options):
+def make_plan(name, count=1, dtypes=(), **options):
+    """The plan of a preset's conversion; its sources are bf16, or of `dtypes`, one of each type."""
     base = PRESETS[name]
+    count = len(dtypes) or count
     config = check_config(UpcycleConfig, {"sources": [f"s{i}" for i in range(count)], "out": "o", **options})
     sources = [
-        {place: Source(i, file, TensorInfo(DType.BFLOAT16, place.shape)) for file, place in tensor_table(base).items()}
-        for i in range(count)
+        {place: Source(i, file, TensorInfo(dtype, place.shape)) for file, place in tensor_table(base).items()}
+        for i, dtype in enumerate(dtypes or [DType.BFLOAT16] * count)
     ]
     return plan_conversion(config, [base] * count, sources)
 
@@ -56,6 +58,31 @@ def test_memory_stays_at_a_few_of_the_largest_tensors(method, count):
     largest = max(target.num_bytes for target in made.plan.tensors)
     assert made.plan.peak_bytes <= (count + 5) * largest
     assert made.plan.bytes_written == parameter_bytes(made.target, DType.BFLOAT16)
+
+
+@pytest.mark.parametrize("rest", ["base", "average"])
+@pytest.mark.parametrize(
+    ("first", "second", "rounds"),
+    [
+        (DType.FLOAT32, DType.BFLOAT16, False),
+        (DType.BFLOAT16, DType.FLOAT32, True),
+        (DType.BFLOAT16, DType.FLOAT16, True),
+    ],
+)
+def test_specialists_of_several_types_become_one_of_the_first(first, second, rounds, rest):
+    made = make_plan("llama-3-8b", dtypes=(first, second), method="specialists", rest=rest)
+    assert {target.dtype for target in made.plan.tensors} == {made.main_dtype} == {first}
+    assert made.rounds == rounds
+    assert f"sources are of {second}, the first one is of {first}" in made.remarks[0]
+    told = make_plan("llama-3-8b", dtypes=(first, second), method="specialists", dtype="float16")
+    assert {target.dtype for target in told.plan.tensors} == {DType.FLOAT16}
+    assert told.remarks == ()
+
+
+def test_an_absurd_number_of_tensors_is_refused_at_once():
+    with pytest.raises(ConfigError, match=r"65536 experts in each of 32 layers are 6,291,456 tensors[\s\S]*2,000,000"):
+        make_plan("llama-3-8b", experts=65536)
+    assert len(make_plan("llama-3-8b", experts=4096, layers=[3]).plan.tensors) > 3 * 4096
 
 
 def test_a_dry_run_names_every_tensor():

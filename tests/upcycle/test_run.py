@@ -85,6 +85,16 @@ def test_mixed_layers_shards_and_dtype(oracle, parents, tmp_path):
     assert {p.dtype for p in load(tmp_path / "wide").parameters()} == {torch.float32}
 
 
+def test_specialists_of_several_types_are_written_in_one(parents, oracle, tmp_path):
+    other = oracle.make(tmp_path / "other", "llama", dtype=torch.bfloat16, initializer_range=0.2)
+    for sources, dtype in (([parents("llama"), other], torch.float32), ([other, parents("llama")], torch.bfloat16)):
+        report = run(config(sources, tmp_path / str(dtype), method="specialists"))
+        weights = load_file(tmp_path / str(dtype) / "model.safetensors")
+        assert {tensor.dtype for tensor in weights.values()} == {dtype}
+        assert json.loads((tmp_path / str(dtype) / "config.json").read_text())["dtype"] == str(dtype)[6:]
+        assert "the output is as the first one" in report.remarks[0]
+
+
 def test_what_no_native_format_carries_becomes_skymoe(oracle, tmp_path):
     biased = oracle.make(tmp_path / "biased", "llama", attention_bias=True)
     report = run(config(biased, tmp_path / "moe"))
