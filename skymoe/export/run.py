@@ -55,18 +55,19 @@ def run(config: ExportConfig) -> ExportReport:
         fitted = fit(parent, config) if form.folded else None
         factors = fitted.temperatures if fitted else None
         plan = plan_export(parent.sources, form.spec, dtype=config.dtype, factors=factors)
+        dtype = _main_dtype(plan)
         options = config.model_dump(mode="json", exclude={"source", "out", "text", "overwrite", "dry_run"})
         fingerprint = conversion_fingerprint(plan, [parent], options)
         staged = resumable_directory(config.out, fingerprint, overwrite=config.overwrite)
         with staged as staging, FileHashes([config.source]) as hashes:
             replay(plan, [parent], staging, _make, name="export", max_shard_bytes=config.max_shard_bytes)
-            write_documents(staging, form.spec, _main_dtype(plan), [config.source])
+            write_documents(staging, form.spec, dtype, [config.source])
             fold = _accepted(fitted, staging, config) if fitted else None
             receipt = _receipt(parent, plan, form, staging, config)
-            write_record(staging, form.spec, _made(parent, hashes.result()[0], form, options, fold), receipt)
+            write_record(staging, form.spec, _made(parent, hashes.result()[0], form, dtype, options, fold), receipt)
             if fold is not None:
                 write_json(staging / FOLD_NAME, asdict(fold))
-    return _report(config, parent, form, receipt, fold, time.monotonic() - started)
+    return _report(config, parent, form, dtype, receipt, fold, time.monotonic() - started)
 
 
 def dry_run(config: ExportConfig) -> PlannedExport:
@@ -85,7 +86,7 @@ def dry_run(config: ExportConfig) -> PlannedExport:
             source_architecture=parent.spec.architecture.value,
             architecture=form.spec.architecture.value,
             adapters=form.adapters,
-            remarks=remarks(form.spec),
+            remarks=remarks(form.spec, _main_dtype(plan)),
             exact=promise.exact,
             reason=promise.reason,
             plan=plan,
@@ -140,8 +141,10 @@ def _receipt(parent: Parent, plan: ConversionPlan, form: Form, staging: Path, co
     )
 
 
-def _made(parent: Parent, hashes: Mapping[str, str], form: Form, options: Mapping[str, Any], fold: Fold | None) -> Made:
-    told = [*form.adapters, *remarks(form.spec)]
+def _made(
+    parent: Parent, hashes: Mapping[str, str], form: Form, dtype: DType, options: Mapping[str, Any], fold: Fold | None
+) -> Made:
+    told = [*form.adapters, *remarks(form.spec, dtype)]
     if fold is not None:
         change = f"perplexity {fold.perplexity_before:.4g} -> {fold.perplexity_after:.4g}"
         told.append(f"on {fold.held_out_tokens} held-out tokens: KL {fold.kl:.3g} nats per token, {change}")
@@ -165,7 +168,7 @@ def _main_dtype(plan: ConversionPlan) -> DType:
 
 
 def _report(
-    config: ExportConfig, parent: Parent, form: Form, receipt: Receipt, fold: Fold | None, seconds: float
+    config: ExportConfig, parent: Parent, form: Form, dtype: DType, receipt: Receipt, fold: Fold | None, seconds: float
 ) -> ExportReport:
     return ExportReport(
         **asdict(written(config.out, seconds)),
@@ -173,7 +176,7 @@ def _report(
         source_architecture=parent.spec.architecture.value,
         architecture=form.spec.architecture.value,
         adapters=form.adapters,
-        remarks=remarks(form.spec),
+        remarks=remarks(form.spec, dtype),
         exact=receipt.exact,
         reason=receipt.reason,
         max_abs_dlogit=receipt.max_abs_dlogit,

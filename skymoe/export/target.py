@@ -5,9 +5,11 @@ What a format cannot carry is refused with every reason and the formats that can
 
 from __future__ import annotations
 
+from skymoe.base.dtype import DType
 from skymoe.base.errors import ConfigError
 from skymoe.convert.forms import EVERYTHING_UNUSED, Form, Unused, form_of
 from skymoe.convert.gguf import gguf_misreads
+from skymoe.convert.grouped_mm import grouped_mm_remarks
 from skymoe.export.config import Format
 from skymoe.spec.model import Architecture, ModelSpec
 
@@ -50,8 +52,8 @@ def needs_values(source: ModelSpec, format_: Format) -> bool:
     return len(best.missing) < len(blind.missing)
 
 
-def remarks(spec: ModelSpec) -> tuple[str, ...]:
-    """What the user should know about a model in its format, beyond that it was written."""
+def remarks(spec: ModelSpec, dtype: DType) -> tuple[str, ...]:
+    """What the user should know about a model in its format, mostly of `dtype`, beyond that it was written."""
     told = []
     moe = spec.moe
     if moe and spec.num_dense_layers and spec.architecture is not Architecture.SKYMOE:
@@ -62,7 +64,7 @@ def remarks(spec: ModelSpec) -> tuple[str, ...]:
         told.append(f"no GGUF of it computes the same: {'; '.join(misreads)}")
     if spec.architecture is Architecture.SKYWORK_MOE and moe and moe.gate_norm:
         told.append("the released Skywork vLLM fork drops gate normalization on its main path")
-    return tuple(told)
+    return (*told, *grouped_mm_remarks(spec, dtype))
 
 
 def _way_out(source: ModelSpec, format_: Format, unused: Unused, *, fold: bool) -> str:

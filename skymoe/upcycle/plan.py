@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from skymoe.base.dtype import DType
 from skymoe.base.errors import ConfigError
 from skymoe.convert.exactness import Exactness
+from skymoe.convert.grouped_mm import grouped_mm_remarks
 from skymoe.convert.plan import ConversionPlan, Copy, Operation, Step, Target, Zeros, plan_of
 from skymoe.spec.model import ModelSpec
 from skymoe.upcycle.blueprint import Blueprint, draw_blueprint
@@ -87,9 +88,10 @@ def plan_conversion(
     blueprint = draw_blueprint(config, specs)
     target, more = target_spec(specs[0], blueprint, config.format)
     _check_size(target)
-    plan = _Planner(config, blueprint, target, sources, text).plan()
-    told = (*remarks, *(_several_types(sources) if config.dtype is None else ()), *more)
-    return Conversion(specs[0], target, blueprint, plan, promise(blueprint), told)
+    planner = _Planner(config, blueprint, target, sources, text)
+    types = _several_types(sources) if config.dtype is None else ()
+    told = (*remarks, *types, *more, *grouped_mm_remarks(target, config.dtype or planner.main_dtype))
+    return Conversion(specs[0], target, blueprint, planner.plan(), promise(blueprint), told)
 
 
 def _check_size(target: ModelSpec) -> None:

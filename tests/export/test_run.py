@@ -203,6 +203,18 @@ def test_gates_that_are_the_same_by_arithmetic(oracle, tmp_path):
     check_same(source, tmp_path / "skymoe", oracle)
 
 
+def test_sizes_that_transformers_runs_only_when_told_how(tmp_path):
+    source = random_directory(tmp_path / "source", with_moe(NORMED, gate_norm=None, ffn_size=21))
+    planned = dry_run(request(source, tmp_path / "out", "mixtral"))
+    report = run(request(source, tmp_path / "out", "mixtral"))
+    assert "experts of width 21 (24 would do): transformers wants multiples of 4 in float32" in report.remarks[-1]
+    assert planned.remarks == report.remarks
+    assert '="eager"' in (tmp_path / "out" / "README.md").read_text()  # the card escapes what Markdown reads
+    narrow = dry_run(request(source, tmp_path / "other", "mixtral", dtype="bfloat16"))
+    assert "and hidden size 36 (40 would do): transformers wants multiples of 8 in bfloat16" in narrow.remarks[-1]
+    assert "would do" not in "".join(dry_run(request(source, tmp_path / "other", "skymoe")).remarks)
+
+
 # ---- formats, documents, refusals
 
 

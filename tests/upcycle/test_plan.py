@@ -161,6 +161,10 @@ def test_remarks():
     assert "trust_remote_code" in make_plan("llama-3-8b", gate_norm=True).remarks[0]
     groups = {"method": "virtual_group", "granularity": 4, "expansion": 2, "top_k": 2}
     assert "--top-k 4 takes whole ones" in make_plan("llama-3-8b", **groups).remarks[0]
+    narrow = {"method": "partition", "experts": 1024}
+    assert "experts of width 14 (16 would do)" in make_plan("llama-3-8b", **narrow).remarks[-1]
+    assert "(16 would do)" in make_plan("llama-3-8b", dtype="float32", **narrow).remarks[-1]
+    assert not any("would do" in remark for remark in make_plan("llama-3-8b", format="skymoe", **narrow).remarks)
     assert make_plan("llama-3-8b").remarks == ()
 
 
