@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 from skymoe.convert.measured import Receipt
-from skymoe.convert.plan import ConversionPlan
-from skymoe.convert.result import Written
+from skymoe.convert.result import Planned, Written
 from skymoe.export.config import Format
 
 
@@ -57,7 +55,7 @@ class Fold:
 
 
 @dataclass(frozen=True)
-class PlannedExport:
+class PlannedExport(Planned):
     """A dry run: what would be written.
 
     Attributes:
@@ -65,7 +63,6 @@ class PlannedExport:
         adapters: what is changed without a change of the function.
         remarks: what the user should know.
         exact, reason: what the receipt will be held against.
-        plan: every tensor.
     """
 
     format: Format
@@ -75,12 +72,6 @@ class PlannedExport:
     remarks: tuple[str, ...]
     exact: bool
     reason: str
-    plan: ConversionPlan
-
-    def as_json(self) -> dict[str, Any]:
-        """All of it as plain data, the tensors last."""
-        data = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "plan"}
-        return data | self.plan.as_json()
 
 
 @dataclass(frozen=True)

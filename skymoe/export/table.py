@@ -32,6 +32,8 @@ def show_plan(planned: PlannedExport, console: Console) -> None:
     sizes = f"{plan.bytes_read / 1e9:.3f} GB read, {plan.bytes_written / 1e9:.3f} GB written"
     head = f"{planned.source_architecture} -> {planned.architecture}: {len(plan.tensors)} tensors, {sizes}"
     console.print(Text(f"{head}, at most {plan.peak_bytes / 1e6:.1f} MB of tensors in memory", style="bold"))
+    if planned.lack_of_space:
+        console.print(Text(planned.lack_of_space, style="bold red"))
     _notes(planned, console)
     console.print(Text(f"exact: {'yes' if planned.exact else 'no'}: {printable(planned.reason, 1000)}"))
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
-from skymoe.convert.plan import ConversionPlan
-from skymoe.convert.result import Written
+from skymoe.convert.result import Planned, Written
 from skymoe.spec.quantization import Fp8Scheme
 
 
@@ -53,15 +51,8 @@ class Counts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlannedQuantize(Counts):
+class PlannedQuantize(Planned, Counts):
     """A dry run: what would be written."""
-
-    plan: ConversionPlan
-
-    def as_json(self) -> dict[str, Any]:
-        """All of it as plain data, the tensors last."""
-        data = {name: value for name, value in vars(self).items() if name != "plan"}
-        return data | self.plan.as_json()
 
 
 @dataclass(frozen=True, kw_only=True)

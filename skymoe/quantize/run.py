@@ -14,7 +14,8 @@ from torch import Tensor
 
 from skymoe.base.dtype import DType
 from skymoe.base.errors import ConfigError, FormatError
-from skymoe.base.files import resumable_directory
+from skymoe.base.files import refuse_existing, resumable_directory
+from skymoe.base.space import free_space
 from skymoe.convert.apply import Read, make_common
 from skymoe.convert.documents import write_documents, write_record
 from skymoe.convert.exactness import Exactness
@@ -80,6 +81,7 @@ def dry_run(config: QuantizeConfig) -> PlannedQuantize:
 
     Raises:
         FormatError: neither a preset nor a readable model directory.
+        ConfigError: OUT is given and exists.
     """
     if config.source in PRESETS:
         spec = PRESETS[config.source]
@@ -87,7 +89,10 @@ def dry_run(config: QuantizeConfig) -> PlannedQuantize:
     else:
         with open_parent(_directory(config), decode_to=DType.FLOAT32) as parent:
             spec, plan = parent.spec, _plan(parent, config)
-    return PlannedQuantize(**vars(_counts(plan, remarks(plan, spec))), plan=plan.conversion)
+    if config.out is not None:
+        refuse_existing(config.out, config.overwrite)
+    free = None if config.out is None else free_space(config.out)
+    return PlannedQuantize(**vars(_counts(plan, remarks(plan, spec))), plan=plan.conversion, disk_free=free)
 
 
 def _directory(config: QuantizeConfig) -> Path:

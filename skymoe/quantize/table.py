@@ -36,6 +36,8 @@ def show_plan(planned: PlannedQuantize, console: Console) -> None:
     head = f"FP8 by {planned.scheme}: {len(plan.tensors)} tensors, {plan.bytes_read / 1e9:.3f} GB read"
     console.print(Text(f"{head}, at most {plan.peak_bytes / 1e6:.1f} MB of tensors in memory", style="bold"))
     _counts(planned, console)
+    if planned.lack_of_space:
+        console.print(Text(planned.lack_of_space, style="bold red"))
 
 
 def _counts(counts: Counts, console: Console) -> None:

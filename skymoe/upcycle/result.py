@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from skymoe.convert.measured import Receipt
-from skymoe.convert.plan import ConversionPlan
-from skymoe.convert.result import Written
+from skymoe.convert.result import Planned, Written
 from skymoe.spec.model import ModelSpec
 
 
@@ -44,7 +42,7 @@ class UpcycleReport(Written):
 
 
 @dataclass(frozen=True)
-class PlannedUpcycle:
+class PlannedUpcycle(Planned):
     """A dry run: what would be written.
 
     Attributes:
@@ -55,9 +53,7 @@ class PlannedUpcycle:
         parameters, active_parameters: of the new model.
         exact, reason: what the receipt would be held against.
         remarks: what the user should know.
-        disk_bytes, disk_free: what the weights take, and what is free where they would go.
         spec: of the new model.
-        plan: every tensor.
     """
 
     out: Path
@@ -71,12 +67,4 @@ class PlannedUpcycle:
     exact: bool
     reason: str
     remarks: tuple[str, ...]
-    disk_bytes: int
-    disk_free: int
     spec: ModelSpec
-    plan: ConversionPlan
-
-    def as_json(self) -> dict[str, Any]:
-        """All of it as plain data, the tensors last."""
-        data = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "plan"}
-        return data | self.plan.as_json()

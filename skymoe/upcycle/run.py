@@ -6,7 +6,6 @@ nothing at OUT, and one that is killed is taken up by the same command.
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,8 +15,9 @@ from pathlib import Path
 from torch import Tensor
 
 from skymoe.base.dtype import DType
-from skymoe.base.files import resumable_directory
+from skymoe.base.files import refuse_existing, resumable_directory
 from skymoe.base.log import logger
+from skymoe.base.space import free_space
 from skymoe.convert.documents import write_documents, write_record
 from skymoe.convert.identity import FileHashes, conversion_fingerprint
 from skymoe.convert.made import Made, ParentRecord, record_parent
@@ -76,6 +76,7 @@ def dry_run(config: UpcycleConfig) -> PlannedUpcycle:
     """
     with _open_parents(config) as parents:
         conversion = _decide(config, parents, _text(config, parents[0]))
+    refuse_existing(config.out, config.overwrite)
     count = count_parameters(conversion.target)
     return PlannedUpcycle(
         out=config.out,
@@ -89,8 +90,7 @@ def dry_run(config: UpcycleConfig) -> PlannedUpcycle:
         exact=conversion.promise.exact,
         reason=conversion.promise.reason,
         remarks=conversion.remarks,
-        disk_bytes=conversion.plan.bytes_written,
-        disk_free=_free_space(config.out),
+        disk_free=free_space(config.out),
         spec=conversion.target,
         plan=conversion.plan,
     )
@@ -161,13 +161,6 @@ def _made(
         remarks=conversion.remarks,
         new_routers=config.method is not Method.DUPLICATE and config.centroid_text is None,
     )
-
-
-def _free_space(out: Path) -> int:
-    existing = out.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    return shutil.disk_usage(existing).free
 
 
 def _report(config: UpcycleConfig, conversion: Conversion, receipt: Receipt, seconds: float) -> UpcycleReport:

@@ -28,8 +28,11 @@ def show_plan(planned: PlannedUpcycle, console: Console) -> None:
     console.print(Text(f"{printable(planned.out, 2000)}  {_head(planned)}: {len(plan.tensors)} tensors", style="bold"))
     console.print(Text(_counts(planned)))
     sizes = f"{plan.bytes_read / 1e9:.3f} GB to read, {planned.disk_bytes / 1e9:.3f} GB to write"
+    assert planned.disk_free is not None  # OUT is always named
     free = f"({planned.disk_free / 1e9:.1f} GB free), at most {plan.peak_bytes / 1e6:.1f} MB of tensors in memory"
     console.print(Text(f"{sizes} {free}"))
+    if planned.lack_of_space:
+        console.print(Text(planned.lack_of_space, style="bold red"))
     _remarks(planned, console)
     console.print(Text(f"exact: {'yes' if planned.exact else 'no'}: {printable(planned.reason, 1000)}"))
 

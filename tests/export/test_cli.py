@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 from export.models import NORMED, random_directory, with_moe
@@ -48,6 +49,25 @@ def test_a_dry_run_prints_every_tensor_on_one_line(source, tmp_path, capsys):
     assert call("export", source, tmp_path / "a", "--format", "mixtral", "--dry-run", "--json") == 0
     assert len(json.loads(capsys.readouterr().out)["tensors"]) == len(tensors)
     assert not (tmp_path / "a").exists()
+
+
+def test_a_dry_run_refuses_what_the_run_would_and_tells_of_the_disk(source, tmp_path, capsys, monkeypatch):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "theirs").write_text("")
+    for dry in ([], ["--dry-run"]):
+        assert call("export", source, tmp_path / "there", "--format", "mixtral", *dry) == 2
+        assert "--overwrite" in capsys.readouterr().err
+    command = ["export", source, tmp_path / "there", "--format", "mixtral", "--dry-run", "--overwrite"]
+    assert call(*command) == 0
+    assert "not enough space" not in capsys.readouterr().out
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    assert call(*command) == 0
+    assert "not enough space" in capsys.readouterr().out
+    assert call(*command, "--json") == 0
+    data = json.loads(capsys.readouterr().out)
+    assert (data["lack_of_space"][:16], data["disk_free"]) == ("not enough space", 1000)
+    assert data["disk_bytes"] == data["bytes_written"] > 1000
 
 
 def test_refusals_name_the_way_out(source, tmp_path, capsys):

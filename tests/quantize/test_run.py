@@ -414,3 +414,17 @@ def test_on_the_command_line(oracle: Any, tmp_path: Path, capsys: pytest.Capture
     assert code == 0 and "fp8 by block" in text
     assert call(source)[0] == 2
     shutil.rmtree(out)
+
+
+def test_a_dry_run_asks_for_its_place_where_one_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "theirs").write_text("")
+    with pytest.raises(ConfigError, match="exists.*\n.*\n.*--overwrite"):
+        dry_run(QuantizeConfig(source="skywork-moe", out=tmp_path / "there", dry_run=True))
+    usage = shutil.disk_usage(tmp_path)._replace(free=10**9)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    asked = QuantizeConfig(source="skywork-moe", out=tmp_path / "there", dry_run=True, overwrite=True)
+    assert dry_run(asked).lack_of_space == "not enough space: 147.00 GB needed, 1.00 GB free"
+    nowhere = dry_run(QuantizeConfig(source="skywork-moe", dry_run=True))
+    assert (nowhere.disk_free, nowhere.lack_of_space) == (None, "")
+    assert nowhere.as_json()["disk_bytes"] == nowhere.weight_bytes

@@ -193,6 +193,20 @@ def test_the_command_line(parents, oracle, tmp_path):
     assert missing.exit_code != 0
 
 
+def test_a_dry_run_says_that_the_disk_is_too_small(parents, tmp_path, monkeypatch):
+    command = ["upcycle", str(parents("llama")), str(tmp_path / "moe"), "--dry-run"]
+    room = CliRunner().invoke(app, command)
+    assert (room.exit_code, "not enough space" in room.stdout) == (0, False)
+    assert json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)["lack_of_space"] == ""
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    shown = CliRunner().invoke(app, command)
+    assert (shown.exit_code, "not enough space: 0.00 GB needed, 0.00 GB free" in shown.stdout) == (0, True)
+    data = json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)
+    assert data["lack_of_space"].startswith("not enough space")
+    assert (data["disk_free"], data["disk_bytes"]) == (1000, data["bytes_written"])
+
+
 # ---- refusals
 
 
@@ -201,6 +215,9 @@ def test_an_existing_output_is_refused_without_overwrite(parents, tmp_path):
     (tmp_path / "moe" / "keep.txt").write_text("mine")
     with pytest.raises(ConfigError, match="exists"):
         run(config(parents("llama"), tmp_path / "moe"))
+    with pytest.raises(ConfigError, match="exists.*\n.*\n.*--overwrite"):
+        dry_run(config(parents("llama"), tmp_path / "moe"))
+    assert dry_run(config(parents("llama"), tmp_path / "moe", overwrite=True)).experts == 4
     assert [path.name for path in (tmp_path / "moe").iterdir()] == ["keep.txt"]
     run(config(parents("llama"), tmp_path / "moe", overwrite=True))
     assert (tmp_path / "moe" / "receipt.json").exists()
