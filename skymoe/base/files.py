@@ -127,6 +127,13 @@ def refuse_existing(final: Path, overwrite: bool) -> None:
         )
 
 
+def refuse_source(final: Path, source: Path) -> None:
+    """Raise ConfigError when `source` is `final` or lies in it: replacing the output would remove it."""
+    if source.resolve().is_relative_to(final.resolve()):
+        what = "the output is the source" if source.resolve() == final.resolve() else "the source lies in the output"
+        raise ConfigError(what, where=final, hint="choose another directory")
+
+
 @contextmanager
 def staging_directory(final: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A hidden sibling of `final` to write into; it becomes `final` when the block ends well, and vanishes otherwise.

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from skymoe.base.dtype import DType
 from skymoe.base.errors import ConfigError
-from skymoe.base.files import refuse_existing, resumable_directory
+from skymoe.base.files import refuse_existing, refuse_source, resumable_directory
 from skymoe.base.space import free_space
 from skymoe.convert.apply import Read, make_common
 from skymoe.convert.documents import write_documents, write_record
@@ -96,8 +96,7 @@ def dry_run(config: ExportConfig) -> PlannedExport:
 
 
 def _form(parent: Parent, config: ExportConfig) -> Form:
-    if config.source.resolve() == config.out.resolve():
-        raise ConfigError("the output is the source", where=config.out, hint="choose another directory")
+    refuse_source(config.out, config.source)
     refuse_existing(config.out, config.overwrite)  # before a fold is fitted
     unused = find_unused(parent) if needs_values(parent.spec, config.format) else Unused()
     return target_form(parent.spec, config.format, unused, fold=config.fold_gate_norm)

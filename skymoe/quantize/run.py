@@ -14,7 +14,7 @@ from torch import Tensor
 
 from skymoe.base.dtype import DType
 from skymoe.base.errors import ConfigError, FormatError
-from skymoe.base.files import refuse_existing, resumable_directory
+from skymoe.base.files import refuse_existing, refuse_source, resumable_directory
 from skymoe.base.space import free_space
 from skymoe.convert.apply import Read, make_common
 from skymoe.convert.documents import write_documents, write_record
@@ -104,8 +104,8 @@ def _directory(config: QuantizeConfig) -> Path:
     if not source.is_dir():
         hint = f"presets (with --dry-run): {', '.join(PRESETS)}"
         raise FormatError("there is no such model directory or preset", where=config.source, hint=hint)
-    if config.out is not None and source.resolve() == config.out.resolve():
-        raise ConfigError("the output is the source", where=config.out, hint="choose another directory")
+    if config.out is not None:
+        refuse_source(config.out, source)
     return source
 
 

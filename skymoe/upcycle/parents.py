@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 from skymoe.base.errors import ConfigError
+from skymoe.base.files import refuse_source
 from skymoe.spec.model import ModelSpec, RopeSpec
 from skymoe.upcycle.config import PRESETS, Method, Shared, UpcycleConfig
 
@@ -16,9 +17,8 @@ _OWN = ("bos_id", "eos_ids", "pad_id", "init_std")  # specialists may differ her
 def check_parents(config: UpcycleConfig, specs: Sequence[ModelSpec]) -> None:
     """Raise ConfigError unless `config.method` can start from models of these specs."""
     _check_count(config, len(specs))
-    if config.out.resolve() in [source.resolve() for source in config.sources]:
-        raise ConfigError("the output is the source", where=config.out, hint="choose another directory")
     for source, spec in zip(config.sources, specs, strict=True):
+        refuse_source(config.out, source)
         if config.method is Method.DUPLICATE:
             _check_mixture(config, spec)
         else:

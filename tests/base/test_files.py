@@ -131,6 +131,16 @@ def test_the_working_directory_is_not_replaced(
     assert (names(tmp_path), names(tmp_path / "here")) == (["here"], ["x"])
 
 
+def test_an_output_does_not_replace_its_source(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    for source, told in (("a", "is the source"), ("b/../a", "is the source"), ("link", "is the source"),
+                         ("a/b/c", "lies in the output")):  # fmt: skip
+        with pytest.raises(ConfigError, match=told):
+            files.refuse_source(tmp_path / "a", tmp_path / source)
+    for source in ("ab", ".", "b/a"):
+        files.refuse_source(tmp_path / "a", tmp_path / source)
+
+
 def test_a_path_that_ends_in_dots_is_where_the_system_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "here").mkdir()
     (tmp_path / "there" / "in").mkdir(parents=True)

@@ -80,3 +80,5 @@ def test_refusals_name_the_way_out(source, tmp_path, capsys):
     assert "format" in capsys.readouterr().err
     assert call("export", source, source, "--format", "skymoe", "--overwrite") == 2
     assert "the output is the source" in capsys.readouterr().err
+    assert call("export", source, tmp_path, "--format", "skymoe", "--overwrite") == 2
+    assert "the source lies in the output" in capsys.readouterr().err

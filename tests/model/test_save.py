@@ -129,6 +129,17 @@ def test_an_existing_directory_is_refused(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("out", [".", ".."])
+def test_the_working_directory_is_refused(out, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    model = random_model(PLAIN)
+    with pytest.raises(ConfigError, match="working directory"):
+        save_pretrained(model, out, overwrite=True)
+    save_pretrained(model, "there/.")
+    assert load(tmp_path / "here" / "there").spec == PLAIN
+
+
 def test_a_tokenizer_link_that_leads_out_is_refused_and_nothing_is_left(tmp_path):
     source = tmp_path / "source"
     source.mkdir()

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -224,7 +225,21 @@ def test_an_existing_output_is_refused_without_overwrite(parents, tmp_path):
     assert not (tmp_path / "moe" / "keep.txt").exists()
     with pytest.raises(ConfigError, match="the output is the source"):
         run(config(parents("llama"), parents("llama"), overwrite=True))
+    with pytest.raises(ConfigError, match="the source lies in the output"):
+        run(config(parents("llama"), parents("llama").parent, overwrite=True))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["moe"]
+
+
+@pytest.mark.parametrize("out", [".", "..", "x/.."])
+def test_the_working_directory_is_no_output(out, parents, tmp_path, monkeypatch):
+    (tmp_path / "here" / "x").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    for more in ([], ["--dry-run"], ["--overwrite"]):
+        shown = CliRunner().invoke(app, ["upcycle", str(parents("llama")), out, *more])
+        assert isinstance(shown.exception, ConfigError)
+        assert "working directory" in str(shown.exception)
+    run(config(parents("llama"), Path("y/."), receipt_tokens=0))
+    assert (tmp_path / "here" / "y" / "config.json").exists()
 
 
 def test_specialists_with_other_tokenizers_are_told(parents, oracle, tmp_path):
