@@ -21,6 +21,7 @@ from typing import Any
 from skymoe.base.errors import ConfigError, MissingExtraError
 from skymoe.base.files import staging_directory, write_atomic
 from skymoe.base.log import logger
+from skymoe.convert.result import written
 from skymoe.data.corpus import build_demo_corpus
 from skymoe.demo.config import DemoConfig
 from skymoe.demo.recipes import (
@@ -95,6 +96,7 @@ def run(config: DemoConfig) -> DemoReport:
         page = report(ReportConfig(runs=(config.out,)))
     summary["seconds"] = clock.table()
     summary["report"] = str(page.path)
+    summary["models"] = _models(places)
     _write_json(config.out / "summary.json", summary)
     return DemoReport(config.out, summary)
 
@@ -171,6 +173,13 @@ def _summary(config: DemoConfig, results: _Results, clock: _Clock) -> dict[str, 
         "quick": config.quick,
         "seconds": clock.table(),
     }
+
+
+def _models(places: Places) -> dict[str, dict[str, Any]]:
+    """The model directories that the demo leaves: where, and how many bytes."""
+    left = {"dense": places.dense, "moe-start": places.upcycled, "moe": places.moe}
+    found = {name: written(path, 0.0) for name, path in left.items()}
+    return {name: {"out": str(one.out), "bytes_written": one.bytes_written} for name, one in found.items()}
 
 
 def _change_at_equal_compute(out: Path) -> float | None:

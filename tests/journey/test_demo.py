@@ -36,6 +36,10 @@ def test_the_quick_demo_leaves_what_it_promises(quick: tuple[Path, subprocess.Co
     summary = json.loads((out / "summary.json").read_text())
     assert json.loads(process.stdout) == summary
     assert summary["quick"] is True
+    assert {name: (out / name).is_dir() for name in summary["models"]} == dict.fromkeys(
+        ("dense", "moe-start", "moe"), True
+    )
+    assert all(model["bytes_written"] > 1_000_000 for model in summary["models"].values())
     assert 0 < summary["moe_bits_per_byte"] < 8
     assert 0 < summary["dense_bits_per_byte"] < summary["parent_bits_per_byte"]
     assert summary["receipt"]["exact"] is True
