@@ -60,4 +60,4 @@ def _let_models_follow() -> None:
         own(config, **options)
         register_models()  # with every config: a dictionary entry each, and right also after a module was reloaded
 
-    SkyMoeConfig.__post_init__ = and_register_models  # type: ignore[method-assign, assignment]
+    SkyMoeConfig.__post_init__ = and_register_models
