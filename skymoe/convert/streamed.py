@@ -28,9 +28,9 @@ from skymoe.base.progress import progress
 from skymoe.convert.parents import open_parent
 from skymoe.convert.running import RunningSoftmax
 from skymoe.convert.streamed_layers import Weights, stream_block
-from skymoe.model.attention import AttentionInputs
 from skymoe.model.batch import BatchInfo
 from skymoe.model.block import Block
+from skymoe.model.inputs import AttentionInputs
 from skymoe.model.transformer import Transformer
 from skymoe.ops.experts import ExpertsBackend
 from skymoe.ops.norm import rms_norm

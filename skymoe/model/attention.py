@@ -5,30 +5,13 @@ Shapes: B batch, T tokens, D model, H query heads, G key/value heads, C head wid
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from torch import Tensor, nn
 
-from skymoe.model.batch import KVCache
+from skymoe.model.inputs import AttentionInputs
 from skymoe.model.linear import Linear, RMSNorm
 from skymoe.ops.attention import causal_attention
 from skymoe.ops.rotary import apply_rotary
 from skymoe.spec.model import ModelSpec, QkNorm
-
-
-class AttentionInputs(NamedTuple):
-    """What the layers of one forward pass share.
-
-    Attributes:
-        cos, sin: rotary tables, (B or 1, 1, T, C/2).
-        masks: attention mask by window (see `ops.attention.attention_mask`).
-        cache: keys and values so far, or None.
-    """
-
-    cos: Tensor
-    sin: Tensor
-    masks: dict[int | None, Tensor | None]
-    cache: KVCache | None
 
 
 class Attention(nn.Module):

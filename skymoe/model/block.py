@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from skymoe.model.attention import Attention, AttentionInputs
+from skymoe.model.attention import Attention
 from skymoe.model.batch import BatchInfo
+from skymoe.model.inputs import AttentionInputs
 from skymoe.model.linear import RMSNorm
 from skymoe.model.mlp import SwiGLU
 from skymoe.model.moe import MoE

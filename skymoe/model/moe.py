@@ -5,6 +5,8 @@ Shapes: B batch, T tokens, D model, E experts, F expert width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -27,6 +29,7 @@ class Router(nn.Module):
         self.moe = moe
         self.weight = nn.Parameter(torch.empty(moe.num_experts, hidden_size))
         self.register_buffer("expert_bias", torch.zeros(moe.num_experts) if moe.expert_bias else None)
+        self.ahead: Callable[[Tensor], Tensor] | None = None  # see `route`: set where other ranks share the capacity
 
     def forward(self, x_TD: Tensor, valid_T: Tensor | None, capacity: int | None) -> Routing:
         return route(
@@ -37,6 +40,7 @@ class Router(nn.Module):
             expert_bias_E=self.expert_bias,
             valid_T=valid_T,
             capacity=capacity,
+            ahead=self.ahead,
         )
 
 

@@ -10,22 +10,19 @@ losses are formed outside, from the routings. Shapes: B batch, T tokens, D model
 from __future__ import annotations
 
 from collections.abc import Collection
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from skymoe.model.attention import AttentionInputs
 from skymoe.model.batch import BatchInfo, KVCache
 from skymoe.model.block import Block
+from skymoe.model.inputs import AttentionInputs, attention_inputs
 from skymoe.model.linear import Embedding, Linear, RMSNorm
 from skymoe.model.recompute import recompute_layer
-from skymoe.ops.attention import attention_mask
 from skymoe.ops.experts import ExpertsBackend
-from skymoe.ops.rotary import inverse_frequencies, rotary_tables
 from skymoe.ops.routing import Routing
-from skymoe.spec.model import ModelSpec, RopeScaling, RopeSpec
+from skymoe.spec.model import ModelSpec
 
 
 class HiddenOutput(NamedTuple):
@@ -97,26 +94,4 @@ class Transformer(nn.Module):
 
     def attention_inputs(self, tokens_BT: Tensor, batch: BatchInfo, cache: KVCache | None) -> AttentionInputs:
         """Positions and masks of a batch, shared by all layers; for callers that run the layers one at a time."""
-        num_tokens, past, device = tokens_BT.shape[1], cache.length if cache else 0, tokens_BT.device
-        if cache is not None:
-            cache.check_room(num_tokens)
-        positions_BT = batch.positions_BT
-        if positions_BT is None:
-            positions_BT = torch.arange(past, past + num_tokens, device=device)[None]
-        spec = self.spec
-        length = int(positions_BT.max()) + 1 if spec.rope.scaling is RopeScaling.DYNAMIC else 0
-        frequencies, factor = _frequencies(spec.rope, spec.head_dim, spec.max_position, length)
-        cos, sin = rotary_tables(frequencies.to(device), factor, positions_BT)
-        masks = {
-            window: attention_mask(
-                num_tokens, past + num_tokens, window=window, document_ids_BT=batch.document_ids_BT, device=device
-            )
-            for window in {spec.window(layer) for layer in range(spec.num_layers)}
-        }
-        return AttentionInputs(cos, sin, masks, cache)
-
-
-@lru_cache(maxsize=32)
-def _frequencies(rope: RopeSpec, head_dim: int, max_position: int, length: int) -> tuple[Tensor, float]:
-    with torch.device("cpu"), torch.inference_mode(False):
-        return inverse_frequencies(rope, head_dim, max_position, length)
+        return attention_inputs(self.spec, tokens_BT.shape[1], batch, cache, tokens_BT.device)

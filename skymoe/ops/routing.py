@@ -18,6 +18,7 @@ Shapes: T tokens, E experts, K experts per token.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -85,6 +86,7 @@ def route(
     expert_bias_E: Tensor | None = None,
     valid_T: Tensor | None = None,
     capacity: int | None = None,
+    ahead: Callable[[Tensor], Tensor] | None = None,
 ) -> Routing:
     """Choose `top_k` experts for each token.
 
@@ -99,6 +101,8 @@ def route(
         capacity: largest number of assignments per expert (`balance.capacity`); those above it are dropped, in the
             order of GShard (all first choices before all second choices, then by position), and the weights that remain
             are renormalized if `norm_topk`. None drops nothing.
+        ahead: where the tokens are a part of those that share the capacity: given the chosen ids (T, K), answers how
+            many assignments of other parts come before this part's, (K, E) int64 by choice and expert.
 
     Returns:
         The routing. `weights_TK` and `probs_TE` carry gradients; the choice itself has none.
@@ -119,7 +123,7 @@ def route(
         ids_TK = ids_TK.masked_fill(~valid_T[:, None], num_experts)
     counts_E = count_assignments(ids_TK, num_experts)
     if capacity is not None:
-        ids_TK = drop_over_capacity(ids_TK, num_experts, capacity)
+        ids_TK = drop_over_capacity(ids_TK, num_experts, capacity, None if ahead is None else ahead(ids_TK))
     is_full = valid_T is None and capacity is None
     weights_TK = probs_TE.gather(-1, ids_TK if is_full else ids_TK.clamp(max=num_experts - 1))
     if not is_full:
@@ -130,8 +134,13 @@ def route(
     return Routing(weights_TK, ids_TK, counts_E, probs_TE, logits_TE, is_full)
 
 
-def drop_over_capacity(expert_ids_TK: Tensor, num_experts: int, capacity: int) -> Tensor:
-    """Send nowhere (id E) what comes after the first `capacity` assignments of an expert, first choices first."""
+def drop_over_capacity(
+    expert_ids_TK: Tensor, num_experts: int, capacity: int, ahead_KE: Tensor | None = None
+) -> Tensor:
+    """Send nowhere (id E) what comes after the first `capacity` assignments of an expert, first choices first.
+
+    `ahead_KE` counts the assignments of other parts of the tokens that come before this part's (see `route`).
+    """
     num_tokens, top_k = expert_ids_TK.shape
     ids_KT = expert_ids_TK.t().reshape(-1)
     order = ids_KT.argsort(stable=True)
@@ -139,5 +148,9 @@ def drop_over_capacity(expert_ids_TK: Tensor, num_experts: int, capacity: int) -
     starts = torch.cat((counts_E.new_zeros(1), counts_E.cumsum(0)))  # one more: the pads' group begins after the last
     place = torch.empty_like(order)
     place[order] = torch.arange(order.numel(), device=order.device)
-    keep = place - starts[ids_KT] < capacity
+    place -= starts[ids_KT]
+    if ahead_KE is not None:
+        ahead_KX = torch.cat((ahead_KE, ahead_KE.new_zeros(top_k, 1)), 1)  # one more for the unsent
+        place += ahead_KX.gather(1, ids_KT.view(top_k, num_tokens)).flatten()
+    keep = place < capacity
     return ids_KT.where(keep, num_experts).view(top_k, num_tokens).t().contiguous()
