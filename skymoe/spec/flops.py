@@ -11,7 +11,7 @@ Conventions, because published figures mix them:
   6N + 12 L H d T formulas do. Real kernels skip the upper triangle, so causal MFU is the honest one; the full one is
   printed because most published figures use it.
 - A sliding window of w sees min(p + 1, w) keys from position p (causal), min(T, w) (full).
-- Backward costs twice the forward; recomputation is not counted here (that is HFU, the planner's business).
+- Backward costs twice the forward. What a program computes besides (recomputation) is in `utilisation.py`.
 """
 
 from __future__ import annotations
@@ -123,11 +123,12 @@ class Flops:
     """FLOPs of one token, averaged over a sequence.
 
     Attributes:
-        layers: one total per layer, attention and feed-forward together.
+        attention, ffn: one total per layer: its projections and scores; its feed-forward, router included.
         attention_projections, attention_scores, dense_ffn, experts, shared, router, head: by part, all layers together.
     """
 
-    layers: tuple[float, ...]
+    attention: tuple[float, ...]
+    ffn: tuple[float, ...]
     attention_projections: float
     attention_scores: float
     dense_ffn: float
@@ -135,6 +136,11 @@ class Flops:
     shared: float
     router: float
     head: float
+
+    @property
+    def layers(self) -> tuple[float, ...]:
+        """One total per layer, attention and feed-forward together."""
+        return tuple(sum(halves) for halves in zip(self.attention, self.ffn, strict=True))
 
     @property
     def total(self) -> float:
@@ -179,7 +185,8 @@ def flops_per_token(
     moe_ids = frozenset(spec.moe_layer_ids)
     ffn = [experts + shared + router if layer in moe_ids else dense for layer in range(spec.num_layers)]
     return Flops(
-        layers=tuple(projections + score + cost for score, cost in zip(scores, ffn, strict=True)),
+        attention=tuple(projections + score for score in scores),
+        ffn=tuple(ffn),
         attention_projections=projections * spec.num_layers,
         attention_scores=sum(scores),
         dense_ffn=dense * spec.num_dense_layers,
