@@ -42,11 +42,10 @@ def expert_similarity(*weights_EX: Tensor) -> float:
     num_experts = _num_experts(weights_EX)
     if num_experts == 1:
         return 1.0
-    squares_E = torch.stack([_squared_norms(part) for part in weights_EX]).sum(0)
+    squares_E = torch.stack([squared_norms(part) for part in weights_EX]).sum(0)
     scale_E = torch.where(squares_E > 0, squares_E.rsqrt(), 0.0)
-    squared_sum = sum(_squared_sum(part, scale_E) for part in weights_EX)
-    own = float((squares_E > 0).sum())  # each non-zero expert's cosine with itself
-    return _clip((squared_sum - own) / (num_experts * (num_experts - 1)))
+    squared_sum = sum(float(scaled_sum(part, scale_E).square_().sum(dtype=torch.float64)) for part in weights_EX)
+    return mean_cosine(squared_sum, float((squares_E > 0).sum()), num_experts)
 
 
 def similarity_matrix(*weights_EX: Tensor) -> Tensor:
@@ -81,21 +80,31 @@ def summarize(cosine_EE: Tensor) -> Similarity:
     return Similarity(_clip(float(pairs.mean())), float(pairs.min()), float(pairs.max()))
 
 
+def squared_norms(part_EX: Tensor) -> Tensor:
+    """|w_e|^2 of every expert, (E,) fp64."""
+    squares_E = torch.zeros(part_EX.shape[0], dtype=torch.float64, device=part_EX.device)
+    for expert, weight_X in enumerate(part_EX.detach()):
+        squares_E[expert] = weight_X.float().square().sum(dtype=torch.float64)
+    return squares_E
+
+
+def scaled_sum(part_EX: Tensor, scale_E: Tensor) -> Tensor:
+    """sum_e scale_e w_e in fp32, one expert converted at a time."""
+    total_X = torch.zeros(part_EX.shape[1:], dtype=torch.float32, device=part_EX.device)
+    for expert_X, scale in zip(part_EX.detach(), scale_E.tolist(), strict=True):
+        total_X.add_(expert_X.float(), alpha=scale)
+    return total_X
+
+
+def mean_cosine(squared_sum: float, nonzero: float, num_experts: int) -> float:
+    """The mean over pairs, from |sum_e u_e|^2; each of the `nonzero` experts has a cosine of 1 with itself."""
+    return _clip((squared_sum - nonzero) / (num_experts * (num_experts - 1)))
+
+
 def _num_experts(weights_EX: tuple[Tensor, ...]) -> int:
     counts = {part.shape[0] for part in weights_EX}
     assert len(counts) == 1, f"parts disagree on the number of experts: {sorted(counts)}"
     return counts.pop()
-
-
-def _squared_norms(part_EX: Tensor) -> Tensor:
-    return torch.stack([expert.detach().float().square().sum(dtype=torch.float64) for expert in part_EX])
-
-
-def _squared_sum(part_EX: Tensor, scale_E: Tensor) -> float:
-    total_X = torch.zeros(part_EX.shape[1:], dtype=torch.float32, device=part_EX.device)
-    for expert_X, scale in zip(part_EX.detach(), scale_E.tolist(), strict=True):
-        total_X.add_(expert_X.float(), alpha=scale)
-    return float(total_X.square_().sum(dtype=torch.float64))
 
 
 def _clip(cosine: float) -> float:

@@ -1,4 +1,4 @@
-"""RMSNorm over a dimension that is cut over the tensor-parallel ranks (OLMoE's norm of queries and keys over all heads).
+"""RMSNorm over a dimension cut over the tensor-parallel ranks (OLMoE's norm of queries and keys over all heads).
 
 The one thing the ranks must share is the mean square of a token, and in the backward pass its adjoint: two sums of one
 number per token. Everything else is the part of the vector that a rank has anyway. `ops.norm.rms_norm` is the whole.

@@ -36,8 +36,13 @@ def normed(parts: Split, dtype: torch.dtype, autocast: bool) -> tuple[Tensor, ..
 
 @pytest.mark.parametrize(
     ("dtype", "autocast", "tolerance"),
-    [(torch.float64, False, 1e-6), (torch.float32, False, 1e-5), (torch.bfloat16, False, 1e-2), (torch.float32, True, 1e-2)],
-)  # fmt: skip
+    [
+        (torch.float64, False, 1e-6),
+        (torch.float32, False, 1e-5),
+        (torch.bfloat16, False, 1e-2),
+        (torch.float32, True, 1e-2),
+    ],
+)
 @pytest.mark.parametrize("parts", [Split((4, 3)), Split((1, 6, 2)), Split((5, 0))])
 def test_value_and_gradients_are_the_whole_ones(
     parts: Split, dtype: torch.dtype, autocast: bool, tolerance: float
