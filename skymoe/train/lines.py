@@ -6,10 +6,13 @@ step; drop rate and alpha are those of the whole step.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from skymoe.ops.balance import load_metrics, router_metrics
 from skymoe.spec.flops import count_parameters
+from skymoe.spec.layout import Layout
+from skymoe.spec.timeline import Span, timeline_record
 from skymoe.train.job import Job
 from skymoe.train.metrics import SCHEMA
 from skymoe.train.objective import balance_value
@@ -34,8 +37,10 @@ def run_line(job: Job) -> dict[str, Any]:
         "experts": spec.moe.num_experts if spec.moe else 0,
         "top_k": spec.moe.top_k if spec.moe else 0,
         "gate_norm": bool(spec.moe and spec.moe.gate_norm),
-        "flops_per_token": machine.flops_causal,
-        "flops_per_token_full": machine.flops_full,
+        "flops_per_token": machine.flops.model_causal,
+        "flops_per_token_full": machine.flops.model_full,
+        "flops_per_token_hardware": machine.flops.hardware_causal,
+        "world_size": machine.num_devices,
         "peak_flops": machine.peak_flops,
         "peak_source": machine.peak_source,
         "compute": str(config.precision.compute),
@@ -48,7 +53,7 @@ def train_line(job: Job, result: StepResult, lr: float) -> dict[str, Any]:
     counters = job.state.counters
     window = counters.window
     tokens_per_s = window.tokens / max(window.seconds, 1e-9)
-    mfu_causal, mfu_full = job.machine.utilisation(tokens_per_s)
+    share = job.machine.utilisation(tokens_per_s)
     moe = job.state.model.spec.moe
     aux = balance_value(job.objective, result.alpha_L, result.sums.totals_L, moe.top_k) if moe else 0.0
     line = {
@@ -61,8 +66,11 @@ def train_line(job: Job, result: StepResult, lr: float) -> dict[str, Any]:
         "lr": lr,
         "grad_norm": result.grad_norm,
         "tokens_per_s": tokens_per_s,
-        "mfu_causal": mfu_causal,
-        "mfu_full": mfu_full,
+        "tokens_per_s_per_device": tokens_per_s / job.machine.num_devices,
+        "world_size": job.machine.num_devices,
+        "mfu_causal": share.mfu_causal,
+        "mfu_full": share.mfu_full,
+        "hfu": share.hfu,
         "flops": counters.flops,
         "seconds": counters.seconds,
     }
@@ -79,10 +87,19 @@ def layer_figures(result: StepResult) -> dict[str, list[float]]:
     return {"drop_rate": result.drop_rate_L, "alpha": result.alpha_L, **lists}
 
 
+def timeline_line(job: Job, layout: Layout, spans: Sequence[Span], planned: Sequence[Span] = ()) -> dict[str, Any]:
+    """Where the ranks were during the step just taken: its passes on all ranks, beside what a plan says."""
+    return timeline_record(layout, spans, step=job.state.counters.step, planned=planned)
+
+
 def progress_fields(line: dict[str, Any]) -> dict[str, object]:
     """What a person wants to see while it runs."""
     fields: dict[str, object] = {"loss": line["loss"], "tok/s": int(line["tokens_per_s"])}
+    if line["world_size"] > 1:
+        fields["per device"] = int(line["tokens_per_s_per_device"])
     fields["MFU"] = f"{line['mfu_causal']:.1%} causal {line['mfu_full']:.1%} full"
+    if line["hfu"] > line["mfu_causal"]:
+        fields["HFU"] = f"{line['hfu']:.1%}"
     if drops := line.get("layers", {}).get("drop_rate"):
         fields["drop"] = f"{sum(drops) / len(drops):.1%}"
     return fields

@@ -103,7 +103,7 @@ def _settle(job: Job, taken: tuple[StepBatch, StepResult, float], bar: Progress)
     if result.verdict.action is not Action.ACCEPT:
         return _refuse(job, result, bar)
     counters.tokens += batch.num_tokens
-    counters.flops += batch.num_tokens * job.machine.flops_causal
+    counters.flops += batch.num_tokens * job.machine.flops.model_causal
     window = counters.window
     window.loss, window.targets = window.loss + result.loss, window.targets + batch.num_targets
     window.tokens += batch.num_tokens

@@ -55,10 +55,11 @@ def start(config: TrainConfig, device: torch.device) -> Job:
     step = state.counters.step
     directory = config.run.dir
     trackers = open_trackers(config.track, directory, identity["recipe"], step)
+    objective = _objective(config, spec)
     job = Job(
         config=config,
         state=state,
-        objective=_objective(config, spec),
+        objective=objective,
         mixture=mixture,
         held=held,
         machine=describe_machine(
@@ -67,6 +68,8 @@ def start(config: TrainConfig, device: torch.device) -> Job:
             peak_flops=config.precision.peak_flops,
             dtype=torch_dtype(config.precision.compute),
             device=device,
+            recomputed_layers=objective.recompute,
+            statistics_pass=_has_statistics_pass(config, objective),
         ),
         device=device,
         metrics=MetricsLog(directory / "metrics.jsonl"),
@@ -167,6 +170,11 @@ def _objective(config: TrainConfig, spec: ModelSpec) -> Objective:
         compute=None if precision.compute == precision.weights else torch_dtype(precision.compute),
         recompute=range(int(layers)),
     )
+
+
+def _has_statistics_pass(config: TrainConfig, objective: Objective) -> bool:
+    several = (config.batch.micro_sequences or config.batch.sequences) < config.batch.sequences
+    return several and objective.global_statistics and objective.aux is not AuxLoss.NONE
 
 
 def _open_mixture(config: TrainConfig, spec: ModelSpec) -> Mixture:

@@ -1,23 +1,21 @@
-"""Model FLOPs utilisation: the share of the machine's matmul rate that goes into the model's own arithmetic.
+"""What a run is measured against: the FLOPs of its tokens (`spec/utilisation.py`) and the peak of its devices.
 
-    MFU = model FLOPs per token * tokens per second / peak
-
-Model FLOPs are those of one forward and backward pass over the weights and the attention, whatever the program
-computes besides (recomputation and the statistics pass do not count). Two conventions for attention are reported
-side by side: *causal* counts the lower triangle, *full* the whole square. The peak is measured by a short square
-matmul in the compute format, on the threads of this run, because a data sheet knows neither the clock nor the
-neighbours; a recipe may give it instead.
+The peak is measured by a short square matmul in the compute format, on the threads of this run, because a data sheet
+knows neither the clock nor the neighbours; a recipe may give it instead. Every rank measures its own, all at the same
+time, so that ranks that share a processor see their share of it; the peak of the world is the sum.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
-from skymoe.spec.flops import AttentionCount, flops_per_token
+from skymoe.spec.layout import Half
 from skymoe.spec.model import ModelSpec
+from skymoe.spec.utilisation import TrainingFlops, Utilisation, training_flops, utilisation
 
 _GEMM_SIZE = {"cpu": 1024, "cuda": 8192}
 _REPEATS = 40  # 0.2 s on a CPU: the best of many is the machine, the best of few its neighbours
@@ -28,32 +26,41 @@ class Machine:
     """What the run can be measured against.
 
     Attributes:
-        peak_flops: FLOP/s of a matmul.
+        peak_flops: FLOP/s of a matmul, all devices together.
         peak_source: `measured gemm` or `recipe`.
-        flops_causal, flops_full: model FLOPs per token, forward and backward, by convention for attention.
+        flops: per token, of the model and of the hardware.
+        num_devices: how many there are, one a rank.
     """
 
     peak_flops: float
     peak_source: str
-    flops_causal: float
-    flops_full: float
+    flops: TrainingFlops
+    num_devices: int = 1
 
-    def utilisation(self, tokens_per_s: float) -> tuple[float, float]:
-        """MFU, causal and full."""
-        rate = tokens_per_s / self.peak_flops
-        return self.flops_causal * rate, self.flops_full * rate
+    def of_world(self, peaks: Sequence[float]) -> Machine:
+        """The machine of all ranks, given the peak of each."""
+        return replace(self, peak_flops=sum(peaks), num_devices=len(peaks))
+
+    def utilisation(self, tokens_per_s: float) -> Utilisation:
+        """MFU and HFU of all devices at `tokens_per_s` together."""
+        return utilisation(self.flops, tokens_per_s, self.peak_flops)
 
 
 def describe_machine(
-    spec: ModelSpec, sequence_length: int, *, peak_flops: float | None, dtype: torch.dtype, device: torch.device
+    spec: ModelSpec,
+    sequence_length: int,
+    *,
+    peak_flops: float | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    recomputed_layers: Iterable[int | Half] = (),
+    statistics_pass: bool = False,
 ) -> Machine:
-    """The FLOP counts of the model and the peak of the machine, measured unless given."""
-    source = "measured gemm" if peak_flops is None else "recipe"
+    """The FLOP counts of the model and the peak of this rank's device, measured unless given."""
     return Machine(
         peak_flops=measure_gemm(dtype, device) if peak_flops is None else peak_flops,
-        peak_source=source,
-        flops_causal=flops_per_token(spec, sequence_length, attention=AttentionCount.CAUSAL, backward=True).total,
-        flops_full=flops_per_token(spec, sequence_length, attention=AttentionCount.FULL, backward=True).total,
+        peak_source="measured gemm" if peak_flops is None else "recipe",
+        flops=training_flops(spec, sequence_length, recomputed_layers, statistics_pass),
     )
 
 

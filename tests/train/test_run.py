@@ -46,6 +46,9 @@ def test_what_a_run_leaves_behind(straight):
         ["drop_rate", "alpha", "max1_max2", "max2_max3", "load_cov", "dead_experts", "gate_entropy"], 2
     )
     assert last["mfu_full"] > last["mfu_causal"] > 0
+    assert last["world_size"] == 1 and last["tokens_per_s_per_device"] == last["tokens_per_s"]
+    hardware = header["flops_per_token_hardware"] / header["flops_per_token"]
+    assert last["hfu"] == pytest.approx(hardware * last["mfu_causal"]) and hardware > 1  # the statistics pass
     assert sorted(p.name for p in (straight / "checkpoints").glob("step-*")) == [f"step-{s:08}" for s in (4, 8, 12)]
 
 

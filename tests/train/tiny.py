@@ -72,6 +72,6 @@ def assert_same_state(left: Path, right: Path) -> None:
 
 def untimed_lines(directory: Path) -> list[dict[str, Any]]:
     """The train and eval lines of a run without what the clock decides."""
-    timed = {"seconds", "tokens_per_s", "mfu_causal", "mfu_full"}
+    timed = {"seconds", "tokens_per_s", "tokens_per_s_per_device", "mfu_causal", "mfu_full", "hfu"}
     lines = read_metrics(directory / "metrics.jsonl")
     return [{k: v for k, v in line.items() if k not in timed} for line in lines if line["kind"] in ("train", "eval")]
