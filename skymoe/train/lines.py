@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from skymoe.ops.balance import load_metrics, router_metrics
+from skymoe.ops.balance import load_metrics
 from skymoe.spec.flops import count_parameters
 from skymoe.spec.layout import Layout
 from skymoe.spec.timeline import Span, timeline_record
@@ -21,7 +21,7 @@ from skymoe.train.step import StepResult
 
 def run_line(job: Job) -> dict[str, Any]:
     """The first line: what is trained, on what."""
-    config, spec, machine = job.config, job.state.model.spec, job.machine
+    config, spec, machine = job.config, job.state.engine.spec, job.machine
     count = count_parameters(spec)
     return {
         "kind": "run",
@@ -54,7 +54,7 @@ def train_line(job: Job, result: StepResult, lr: float) -> dict[str, Any]:
     window = counters.window
     tokens_per_s = window.tokens / max(window.seconds, 1e-9)
     share = job.machine.utilisation(tokens_per_s)
-    moe = job.state.model.spec.moe
+    moe = job.state.engine.spec.moe
     aux = balance_value(job.objective, result.alpha_L, result.sums.totals_L, moe.top_k) if moe else 0.0
     line = {
         "kind": "train",
@@ -74,13 +74,12 @@ def train_line(job: Job, result: StepResult, lr: float) -> dict[str, Any]:
         "flops": counters.flops,
         "seconds": counters.seconds,
     }
-    return {**line, "layers": layer_figures(result)} if moe else line
+    return {**line, "layers": layer_figures(job, result)} if moe else line
 
 
-def layer_figures(result: StepResult) -> dict[str, list[float]]:
+def layer_figures(job: Job, result: StepResult) -> dict[str, list[float]]:
     """One list per figure, one entry per MoE layer: loads over the whole step, the gate's over its last micro-batch."""
-    valid_T = result.sums.last.valid_T
-    figures = [router_metrics(routing, valid_T)._asdict() for routing in result.sums.routings]
+    figures = [figures._asdict() for figures in job.state.engine.gate_figures(result.sums)]
     for layer, totals in zip(figures, result.sums.totals_L, strict=True):
         layer.update(load_metrics(totals.counts_E)._asdict())
     lists = {name: [layer[name] for layer in figures] for name in figures[0]} if figures else {}

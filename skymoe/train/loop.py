@@ -13,7 +13,6 @@ from skymoe.base.errors import CheckpointError, MachineError
 from skymoe.base.log import logger
 from skymoe.base.progress import Progress, progress
 from skymoe.train.batches import StepBatch, read_step
-from skymoe.train.evaluate import evaluate
 from skymoe.train.guard import Action, stop_reason
 from skymoe.train.job import Job
 from skymoe.train.lines import event_fields, progress_fields, train_line
@@ -47,7 +46,7 @@ def save(job: Job) -> bool:
     """
     began = time.perf_counter()
     job.metrics.flush()
-    if bad := job.state.non_finite_weights():
+    if bad := job.state.engine.non_finite():
         logger.warning("step %d: not saved, not finite: %s", job.state.counters.step, ", ".join(bad[:5]))
         job.event("save_refused", not_finite=bad[:5])
         return False
@@ -163,6 +162,6 @@ def _do_what_is_due(job: Job) -> int | None:
 
 def _evaluate(job: Job) -> None:
     counters = job.state.counters
-    figures = evaluate(job.state.model, job.held, compute=job.objective.compute, device=job.device)
+    figures = job.state.engine.evaluate(job.held, job.objective.compute)
     job.state.evaluation = figures
     job.record({"kind": "eval", "step": counters.step, "tokens": counters.tokens, "flops": counters.flops, **figures})

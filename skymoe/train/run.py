@@ -9,7 +9,6 @@ import time
 
 from skymoe.base.errors import TrainingError
 from skymoe.convert.result import written
-from skymoe.model.save import save_pretrained
 from skymoe.train.config import TrainConfig
 from skymoe.train.job import Job
 from skymoe.train.loop import train
@@ -47,14 +46,14 @@ def run(config: TrainConfig) -> TrainReport:
 def _export(job: Job) -> None:
     # Written again by every call that finds the run finished: it may be stale or damaged.
     config, out = job.config, job.config.run.dir / "model"
-    if bad := job.state.non_finite_weights():
+    if bad := job.state.engine.non_finite():
         raise TrainingError(
             f"the trained weights are not finite: {', '.join(bad[:5])}",
             where=config.run.dir,
             hint="the last generation in checkpoints/ is sound; lower optimizer.lr, or set guard.non_finite=rollback",
         )
     tokenizer = tokenizer_directory(config.data, config.model.path)
-    save_pretrained(job.state.model, out, tokenizer_from=tokenizer, overwrite=True)
+    job.state.engine.export(out, tokenizer)
 
 
 def _report(job: Job, stop: StopRequest, seconds: float) -> TrainReport:

@@ -21,6 +21,7 @@ from skymoe.ops.balance import AdaptiveCoefficients, AuxLoss
 from skymoe.spec.model import ModelSpec
 from skymoe.train.build import build_model, resolve_spec
 from skymoe.train.config import BalanceConfig, DataConfig, TrainConfig
+from skymoe.train.engine import SingleEngine
 from skymoe.train.environment import environment
 from skymoe.train.evaluate import Held
 from skymoe.train.guard import Guard
@@ -141,8 +142,7 @@ def _build_state(config: TrainConfig, spec: ModelSpec, device: torch.device, *, 
     torch.manual_seed(config.run.seed)
     balance = config.balance
     return TrainState(
-        model=model,
-        optimizer=Optimizer(model, config.optimizer),
+        engine=SingleEngine(model, Optimizer(model, config.optimizer), device),
         alpha=_coefficients(balance, len(spec.moe_layer_ids)),
         guard=Guard(config.guard),
     )

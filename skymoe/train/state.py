@@ -18,15 +18,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from skymoe.base.errors import CheckpointError
-from skymoe.model.transformer import Transformer
 from skymoe.ops.balance import AdaptiveCoefficients
+from skymoe.train.engine import Engine
 from skymoe.train.guard import Guard
-from skymoe.train.optim import Optimizer
-from skymoe.weights.generation import Generation, save_generation
+from skymoe.weights.generation import Generation
 
 SCHEMA = 1
 
@@ -66,16 +62,11 @@ class Counters:
 class TrainState:
     """The whole of it. The parts change in place; `alpha.alpha_L` is empty in a dense model."""
 
-    model: Transformer
-    optimizer: Optimizer
+    engine: Engine
     alpha: AdaptiveCoefficients
     guard: Guard
     counters: Counters = field(default_factory=Counters)
     evaluation: dict[str, Any] | None = None
-
-    def non_finite_weights(self) -> list[str]:
-        """Names of parameters that hold NaN or infinity."""
-        return [name for name, parameter in self.model.named_parameters() if not bool(parameter.isfinite().all())]
 
 
 def save_state(state: TrainState, root: Path, *, identity: Mapping[str, Any], keep: int) -> Path:
@@ -95,21 +86,9 @@ def save_state(state: TrainState, root: Path, *, identity: Mapping[str, Any], ke
         "evaluation": state.evaluation,
         **identity,
     }
-    return save_generation(
-        root,
-        state.counters.step,
-        tensors={
-            "model": {name: tensor.detach() for name, tensor in state.model.state_dict().items()},
-            "optimizer": state.optimizer.tensors(),
-            "rng": _rng_states(),
-        },
-        documents={"state": document},
-        layout={"world_size": 1},
-        keep=keep,
-    )
+    return state.engine.save(root, state.counters.step, document, keep)
 
 
-@torch.no_grad()
 def restore_state(state: TrainState, generation: Generation) -> None:
     """Put the generation's values into `state`.
 
@@ -122,39 +101,9 @@ def restore_state(state: TrainState, generation: Generation) -> None:
             f"state of schema {document.get('schema')}, this version reads {SCHEMA}",
             where=generation.path / "state.json",
         )
-    _restore_model(state.model, generation.tensors("model"), generation.path)
-    state.optimizer.restore(generation.tensors("optimizer"))
-    _restore_rng(generation.tensors("rng"))
+    state.engine.restore(generation)
     state.alpha.restore(document["alpha"])
     state.guard.restore(document["guard"])
     counters = document["counters"]
     state.counters = Counters(**{**counters, "window": Window(**counters["window"])})
     state.evaluation = document["evaluation"]
-
-
-def _restore_model(model: Transformer, tensors: Mapping[str, Tensor], where: Path) -> None:
-    own = model.state_dict()
-    if differing := sorted(own.keys() ^ tensors.keys()):
-        raise CheckpointError(
-            "the checkpoint is of another model", where=where, why=f"tensors: {', '.join(differing[:5])}"
-        )
-    for name, tensor in own.items():
-        if tensors[name].shape != tensor.shape or tensors[name].dtype != tensor.dtype:
-            found = f"{tensors[name].dtype} {list(tensors[name].shape)}"
-            raise CheckpointError(f"{name} is {found}, expected {tensor.dtype} {list(tensor.shape)}", where=where)
-        tensor.copy_(tensors[name])
-
-
-def _rng_states() -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states |= {f"cuda.{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
-    return states
-
-
-def _restore_rng(states: Mapping[str, Tensor]) -> None:
-    torch.set_rng_state(states["cpu"])
-    for name, rng_state in states.items():
-        device, _, index = name.partition(".")
-        if device == "cuda" and int(index) < torch.cuda.device_count():
-            torch.cuda.set_rng_state(rng_state, int(index))

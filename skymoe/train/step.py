@@ -14,7 +14,7 @@ from skymoe.ops.balance import drop_rate, real_drop_rate, update_expert_bias
 from skymoe.train.batches import StepBatch
 from skymoe.train.config import BalanceConfig
 from skymoe.train.guard import Action, Verdict
-from skymoe.train.objective import Objective, StepSums, accumulate_gradients, moe_modules
+from skymoe.train.objective import Objective, StepSums
 from skymoe.train.state import TrainState
 
 
@@ -44,21 +44,22 @@ def train_step(
 ) -> StepResult:
     """Train on one global batch at the rate `lr`."""
     alpha_L = list(state.alpha.alpha_L)
-    sums = accumulate_gradients(state.model, batch, objective, alpha_L)
-    loss, grad_norm = float(sums.loss), float(state.optimizer.gradient_norm())
+    sums = state.engine.gradients(batch, objective, alpha_L)
+    optimizer = state.engine.optimizer
+    loss, grad_norm = float(sums.loss), float(optimizer.gradient_norm())
     verdict = state.guard.judge(loss / max(1, batch.num_targets), grad_norm)
     drop_rate_L: list[float] = []
     if verdict.action is Action.ACCEPT:
-        state.optimizer.update(lr, grad_norm)
+        optimizer.update(lr, grad_norm)
         drop_rate_L = rebalance(state, sums, batch.num_tokens, balance)
     else:
-        state.optimizer.drop_gradients()
+        optimizer.drop_gradients()
     return StepResult(verdict, loss, grad_norm, drop_rate_L, alpha_L, sums)
 
 
 def rebalance(state: TrainState, sums: StepSums, num_tokens: int, balance: BalanceConfig) -> list[float]:
     """Measure each layer's drop rate over the whole step, move alpha and the experts' biases; returns d per layer."""
-    moe = state.model.spec.moe
+    moe = state.engine.spec.moe
     if moe is None or not sums.totals_L:
         return []
     counts_LE = torch.stack([totals.counts_E for totals in sums.totals_L])
@@ -70,7 +71,6 @@ def rebalance(state: TrainState, sums: StepSums, num_tokens: int, balance: Balan
             for counts_E in counts_LE.cpu()  # one transfer for all layers
         ]
     state.alpha.update(drop_rate_L)
-    for module, counts_E in zip(moe_modules(state.model), counts_LE, strict=True):
-        if module.router.expert_bias is not None:
-            update_expert_bias(module.router.expert_bias, counts_E, balance.expert_bias_rate)
+    for index, bias_E in state.engine.expert_biases().items():
+        update_expert_bias(bias_E, counts_LE[index], balance.expert_bias_rate)
     return drop_rate_L
