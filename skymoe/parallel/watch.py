@@ -1,0 +1,175 @@
+"""The watch: a hang or a dead rank ends the run in bounded time, and is named.
+
+Two threads beside the training thread of every rank, so that neither can be held up by what holds up the other:
+
+    post    talks to the store over a connection of its own: publishes this rank's heartbeat every second, looks whether
+            somebody has failed, and finds out who hangs when it is asked to
+    clock   talks to nobody: when the training thread has been in one phase for `timeout_s`, or does not end although
+            another rank has failed, it says so and ends the process, with exit code 3
+
+A hang is seen by every rank at about the same time, as all wait for each other. Who is to blame: ranks that give no
+sign of life; else, among the ranks of the earliest step, those that do not wait for others; of these the one that has
+been longest in its phase.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch.distributed as dist
+
+from skymoe.parallel.failure import INTERVAL_S, Failure, explain, leave_word, read_verdict, silent_ranks
+from skymoe.parallel.heartbeat import Beat, Heartbeat, publish, read_beats
+from skymoe.parallel.launch import World
+from skymoe.spec.layout import Coordinate
+
+EXIT_CODE = 3
+_POST_ANSWERS_S = 6.0  # how long the clock waits for the post to find out who hangs
+_MAY_END_S = 6.0  # how long a training thread may take to end by itself when another rank has failed
+
+
+@contextmanager
+def watching(world: World, *, timeout_s: float, coordinate: Coordinate | None = None) -> Iterator[Heartbeat]:
+    """Watch over the block. It calls `phase` of the heartbeat often: at least once in `timeout_s`.
+
+    Args:
+        world: of `distributed`. In a world of one nobody is waited for, and nothing is watched.
+        timeout_s: the longest that a phase may take.
+        coordinate: of this rank, for messages; it may be set later (`heart.coordinate`).
+
+    Raises:
+        MachineError: in place of what a collective says when another rank has failed; it names rank, phase and reason.
+    """
+    heart = Heartbeat(world.rank, coordinate)
+    if world.store is None:
+        yield heart
+        return
+    watch = _Watch(world, world.store.clone(), heart, timeout_s)
+    watch.start()
+    try:
+        yield heart
+    except BaseException as error:
+        watch.pause()
+        told = explain(error, world, heart)
+        if told is error:
+            raise
+        raise told from error
+    finally:
+        watch.stop()
+
+
+class _Watch:
+    def __init__(self, world: World, store: dist.Store, heart: Heartbeat, timeout_s: float) -> None:
+        self.world, self.store, self.heart, self.timeout_s = world, store, heart, timeout_s
+        self._ended = threading.Event()
+        self._paused = False
+        self._hangs = threading.Event()  # from clock to post: find out who
+        self._told = threading.Event()  # from post to clock: this is what is to be said
+        self._message = ""
+        self._verdict: tuple[Failure, float] | None = None  # and when it was read
+
+    def start(self) -> None:
+        publish(self.store, self.heart.beat())
+        for target in (self._post, self._clock):
+            threading.Thread(target=target, name=f"skymoe {target.__name__}", daemon=True).start()
+
+    def pause(self) -> None:
+        """The training thread is about to end with an error of its own: it tells, not the clock. The heart beats on."""
+        self._paused = True
+
+    def stop(self) -> None:
+        self._ended.set()
+
+    def _post(self) -> None:
+        while not self._ended.wait(self._interval()):
+            try:
+                publish(self.store, self.heart.beat())
+                if self._hangs.is_set() and not self._told.is_set():
+                    self._message = self._find_who_hangs()
+                    self._told.set()
+                elif self._verdict is None and (verdict := read_verdict(self.store)):
+                    self._verdict = verdict, time.monotonic()
+            except (dist.DistError, RuntimeError) as error:
+                if not self._ended.is_set():
+                    self._message = f"the store of the run does not answer: {str(error).splitlines()[0]}"
+                    self._told.set()
+                return
+
+    def _interval(self) -> float:
+        """Many ranks speak less often, so that the store answers a few hundred words a second at most."""
+        return 0.05 if self._hangs.is_set() else max(INTERVAL_S, self.world.size / 500)
+
+    def _clock(self) -> None:
+        while not self._ended.wait(0.25):
+            if self._paused:
+                continue
+            if self.heart.seconds > self.timeout_s:
+                self._end_of_a_hang()
+            elif self._verdict and time.monotonic() - self._verdict[1] > _MAY_END_S:
+                self._leave(f"{self._verdict[0]}\n  {self.heart.beat().who} waited in {self.heart.beat().where}")
+
+    def _end_of_a_hang(self) -> None:
+        self._hangs.set()
+        self._told.wait(_POST_ANSWERS_S)
+        own = self.heart.beat()
+        self._leave(self._message or f"{own.who} hangs in {own.where} for {own.seconds:.0f} s; no word of the others")
+
+    def _leave(self, message: str) -> None:
+        if self._ended.is_set() or self._paused:
+            return
+        sys.stderr.write(f"error: {message}\n")
+        sys.stderr.flush()
+        os._exit(EXIT_CODE)
+
+    def _find_who_hangs(self) -> str:
+        """Two looks at everybody, the verdict, and what this rank says about it."""
+        before = read_beats(self.store, self.world)
+        until = time.monotonic() + 2.5 * max(INTERVAL_S, self.world.size / 500)
+        while time.monotonic() < until:
+            publish(self.store, self.heart.beat())
+            time.sleep(0.25)
+        beats = read_beats(self.store, self.world)
+        silent = silent_ranks(before, beats, self.world)
+        culprit = blame(list(beats.values()), silent)
+        failure = Failure(culprit.rank, culprit.who, culprit.where, _symptom(culprit, silent), self.world.rank)
+        verdict = leave_word(self.store, failure)
+        living = sorted(beats.keys() - {beat.rank for beat in silent})
+        if living and living[0] != self.world.rank:
+            return str(verdict)
+        return f"{verdict}\n{table(list(beats.values()), silent)}"
+
+
+def blame(beats: list[Beat], silent: list[Beat]) -> Beat:
+    """The rank that all others wait for."""
+    if silent:
+        return min(silent, key=lambda beat: beat.wall)
+    first = min(beat.step for beat in beats)
+    behind = [beat for beat in beats if beat.step == first]
+    working = [beat for beat in behind if not beat.waits]
+    return max(working or behind, key=lambda beat: beat.seconds)
+
+
+def table(beats: list[Beat], silent: list[Beat]) -> str:
+    """A line for every rank."""
+    mute = {beat.rank for beat in silent}
+    lines = []
+    for beat in sorted([*(beat for beat in beats if beat.rank not in mute), *silent]):
+        lines.append(f"  {_described(beat, beat.rank in mute)}")
+    return "\n".join(lines)
+
+
+def _described(beat: Beat, is_silent: bool) -> str:
+    age = max(time.time() - beat.wall, 0.0)
+    doing = f"{beat.who} {'waits' if beat.waits else 'has been'} in {beat.where} for {beat.seconds + age:.0f} s"
+    return f"{doing}; no sign of life for {age:.0f} s" if is_silent else doing
+
+
+def _symptom(culprit: Beat, silent: list[Beat]) -> str:
+    age = max(time.time() - culprit.wall, 0.0)
+    hangs = f"hangs there for {culprit.seconds + age:.0f} s"
+    return f"{hangs}; no sign of life for {age:.0f} s" if culprit in silent else hangs
