@@ -12,6 +12,7 @@ from skymoe.base.config import Config
 from skymoe.base.errors import ConfigError
 from skymoe.spec.layout import DispatchMode, ExpertAxis, Layout, ScheduleKind
 from skymoe.spec.model import ModelSpec
+from skymoe.spec.plan_file import read_plan
 from skymoe.spec.split import Split
 
 
@@ -28,7 +29,8 @@ class ParallelConfig(Config):
         chunks: stages per rank under `interleaved`.
         split: layers per stage, over all stages in the order of the model; x.5 cuts a layer between attention and
             feed-forward. None divides as evenly as it goes, the first stages taking the remainder.
-        plan: a plan file that gives the layout; keys given here beside it must agree with it.
+        plan: a plan file that gives the layout (docs/plan_file.md); keys beside it that are not at their defaults must
+            agree with it.
         gradients: format in which gradients are kept and reduced.
         overlap: hide communication behind computation where it can be: metadata of the dispatch, reduce-scatter of
             gradients in the pipeline's cool-down, all-gather of weights in its warm-up.
@@ -71,21 +73,57 @@ def layout_of(
     Raises:
         ConfigError: the ranks or the model cannot be divided so.
     """
-    dp, rest = (config.dp, 0) if config.dp else divmod(world_size, config.pp * config.tp)
-    if rest or not dp or config.pp * dp * config.tp != world_size:
-        sizes = f"pp {config.pp} x dp {dp or '?'} x tp {config.tp}"
-        raise ConfigError(
-            f"{sizes} is not the number of ranks, {world_size}",
-            where="parallel",
-            hint="launch as many processes as the product, or leave parallel.dp out",
-        )
-    stages = _stages(config, spec)
-    layout = Layout(
-        pp=config.pp, dp=dp, tp=config.tp, expert=config.expert, dispatch=config.dispatch, schedule=config.schedule,
-        stages=stages, recompute=_recompute(recompute, stages),
-    )  # fmt: skip
+    if config.plan is not None:
+        layout = _planned(config, config.plan, spec, recompute)
+        sizes = f"pp {layout.pp} x dp {layout.dp} x tp {layout.tp}"
+        where, hint = f"parallel.plan ({config.plan})", "launch as many processes as the product"
+    else:
+        dp = config.dp or world_size // (config.pp * config.tp) or 1
+        stages = _stages(config, spec)
+        layout = Layout(
+            pp=config.pp, dp=dp, tp=config.tp, expert=config.expert, dispatch=config.dispatch,
+            schedule=config.schedule, stages=stages, recompute=_recompute(recompute, stages),
+        )  # fmt: skip
+        sizes = f"pp {config.pp} x dp {config.dp or '?'} x tp {config.tp}"
+        where, hint = "parallel", "launch as many processes as the product, or leave parallel.dp out"
+    if layout.world_size != world_size:
+        raise ConfigError(f"{sizes} is not the number of ranks, {world_size}", where=where, hint=hint)
     layout.check(spec)
     return layout
+
+
+def _planned(config: ParallelConfig, path: Path, spec: ModelSpec, recompute: str | int | Sequence[int]) -> Layout:
+    """The layout of the plan file, with which everything that the recipe says beside it agrees."""
+    plan = read_plan(path)
+    layout = plan.layout
+    if plan.num_layers != spec.num_layers:
+        raise ConfigError(
+            f"the plan is for a model of {plan.num_layers} layers, the model has {spec.num_layers}", where=path
+        )
+    told: dict[str, object] = {
+        "pp": layout.pp, "dp": layout.dp, "tp": layout.tp, "expert": layout.expert, "dispatch": layout.dispatch,
+        "schedule": layout.schedule, "split": tuple(size / 2 for size in layout.stages.sizes),
+    }  # fmt: skip
+    if layout.schedule is ScheduleKind.INTERLEAVED:
+        told["chunks"] = layout.num_stages // layout.pp
+    for key, planned in told.items():
+        asked, silent = getattr(config, key), ParallelConfig.model_fields[key].default
+        if asked not in (silent, planned):
+            raise _disagreement(f"parallel.{key}", asked, path, planned)
+    if recompute != "none" and _recompute(recompute, layout.stages) != layout.recompute:
+        raise _disagreement("recompute", recompute, path, layout.recompute)
+    return layout
+
+
+def _disagreement(key: str, asked: object, path: Path, planned: object) -> ConfigError:
+    def shown(value: object) -> str:
+        return str(list(value)) if isinstance(value, tuple) else str(value)
+
+    return ConfigError(
+        f"{key} is {shown(asked)}, the plan {path} says {shown(planned)}",
+        where=key,
+        hint=f"leave {key} out: the plan gives it",
+    )
 
 
 def _stages(config: ParallelConfig, spec: ModelSpec) -> Split:
