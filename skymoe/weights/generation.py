@@ -9,7 +9,8 @@ else is found out. (Hashing what was read back would call a wrong write good.) L
 used, and once more the very memory it hands out. A flipped bit loads silently through safetensors, torch.load and
 torch's distributed checkpoints alike. Layout and crash safety: `manifest` and `publish`. Safetensors and JSON only.
 
-Left out: several writers of one generation, which come with parallel training; the manifest's slices await them.
+This is the way of one process, which has everything. Many ranks save together by `parallel.checkpoint`; what they
+wrote is read here as whole tensors all the same, and by boxes through `sliced`.
 """
 
 from __future__ import annotations
@@ -18,12 +19,10 @@ import hashlib
 import json
 import os
 import re
-import secrets
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib import metadata
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,20 +31,14 @@ from torch import Tensor
 
 from skymoe.base.errors import CheckpointError
 from skymoe.base.log import logger
-from skymoe.base.space import ensure_free_space
 from skymoe.weights.buffers import bytes_of, empty
-from skymoe.weights.hashed import TensorsToSave, write_files, write_synced
-from skymoe.weights.header import TensorFile
-from skymoe.weights.listing import Listing, Problem, find_generation, list_generations
-from skymoe.weights.manifest import (
-    MANIFEST_NAME,
-    FileRecord,
-    Latest,
-    Manifest,
-    generation_name,
-    sealed,
-)
-from skymoe.weights.publish import discard, publish, retire, save_errors, staging_path, tidy
+from skymoe.weights.hashed import TensorsToSave
+from skymoe.weights.hashing import write_texts
+from skymoe.weights.listing import Problem, find_generation, list_generations
+from skymoe.weights.manifest import MANIFEST_NAME, FileRecord, Manifest
+from skymoe.weights.publish import discard, save_errors
+from skymoe.weights.staged import estimate_bytes, open_staging, publish_staged
+from skymoe.weights.stored import StoredTensor, catalogue, whole_box
 from skymoe.weights.verify import verify_generation, verify_listed
 
 __all__ = [
@@ -58,7 +51,6 @@ __all__ = [
 ]
 
 _STEM = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,100}")
-_MANIFEST_BYTES_PER_TENSOR = 700
 
 
 def save_generation(
@@ -86,36 +78,30 @@ def save_generation(
         MachineError: no space, no permission, an I/O error. Nothing is left behind.
         FormatError: a tensor of a type or name that safetensors files cannot hold.
     """
-    assert step >= 0 and keep >= 1 and all(_STEM.fullmatch(stem) for stem in (*tensors, *documents))
+    assert step >= 0 and keep >= 1 and all(_STEM.fullmatch(stem) for stem in tensors)
     files = {
         f"{stem}.safetensors": TensorsToSave(content, {"format": "pt", "step": str(step)})
         for stem, content in tensors.items()
     }
-    texts = {f"{stem}.json": json.dumps(content).encode() for stem, content in documents.items()}
-    assert MANIFEST_NAME not in texts
-    final = root / generation_name(step)
+    texts = document_texts(documents)
+    data = sum(file.header.num_bytes for file in files.values()) + sum(map(len, texts.values()))
+    staging = open_staging(root, step, estimate_bytes(data, sum(len(file.header.tensors) for file in files.values())))
     with save_errors(root):
-        root.mkdir(parents=True, exist_ok=True)
-        tidy(root)
-        ensure_free_space(root, _estimate(files, texts))
-        listing = list_generations(root)
-        staging = staging_path(final)
         try:
-            staging.mkdir()
-            records = write_files(staging, files, texts)
-            manifest = _manifest(step, listing, records, layout)
-            text = sealed(manifest)
-            write_synced(staging / MANIFEST_NAME, text)
-            digest = hashlib.sha256(text).hexdigest()
-            latest = Latest(
-                generation=final.name, step=step, serial=manifest.serial, run=manifest.run, manifest_sha256=digest
-            )
-            publish(staging, final, latest)
+            records = {name: file.write(staging / name) for name, file in files.items()}
+            records |= write_texts(staging, texts)
         except BaseException:
             discard(staging)
             raise
-    retire(root, final, keep=keep)
-    return final
+    return publish_staged(root, staging, records, step=step, layout=layout, torch=torch.__version__, keep=keep)
+
+
+def document_texts(documents: Mapping[str, Any]) -> dict[str, bytes]:
+    """JSON documents by stem as files."""
+    assert all(_STEM.fullmatch(stem) for stem in documents)
+    texts = {f"{stem}.json": json.dumps(content).encode() for stem, content in documents.items()}
+    assert MANIFEST_NAME not in texts
+    return texts
 
 
 @dataclass(frozen=True)
@@ -135,18 +121,21 @@ class Generation:
     skipped: tuple[tuple[str, str], ...] = ()
 
     def tensors(self, stem: str) -> dict[str, Tensor]:
-        """All tensors of file `stem`, on the CPU, each compared with its hash.
+        """All whole tensors of `stem` ("model"), on the CPU; each piece of one is compared with its hash.
 
         Raises:
             CheckpointError: no such file, or it has been damaged since it was verified.
         """
-        name = f"{stem}.safetensors"
-        records = self._record(name).tensors
-        with TensorFile(self.path / name) as file, ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-            if file.header.tensors.keys() != records.keys():
-                raise CheckpointError("damaged: these are not the tensors of the manifest", where=file.path)
-            loaded = pool.map(lambda tensor: _load_tensor(file, tensor, records[tensor].sha256), records)
-            return dict(zip(records, loaded, strict=True))
+        stored = self.stored.get(stem)
+        if stored is None:
+            raise CheckpointError(f"this checkpoint holds no {stem}.safetensors", where=self.path)
+        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+            return dict(zip(stored, pool.map(load_whole, stored.values()), strict=True))
+
+    @cached_property
+    def stored(self) -> dict[str, dict[str, StoredTensor]]:
+        """Where the pieces of each whole tensor are: file stem -> name -> tensor."""
+        return catalogue(self.path, self.manifest)
 
     def document(self, stem: str) -> Any:
         """The content of JSON file `stem`. Raises CheckpointError as `tensors` does."""
@@ -183,7 +172,7 @@ def latest_generation(root: Path, *, max_step: int | None = None) -> Generation 
         problems = verify_listed(one)
         if one.manifest and not problems:
             return Generation(one.path, one.step, one.manifest, tuple(skipped))
-        reason = _reason(problems)
+        reason = describe_problems(problems)
         logger.warning("checkpoint %s is damaged and not used: %s", one.path.name, reason)
         skipped.append((one.path.name, reason))
     if not skipped:
@@ -198,47 +187,18 @@ def load_generation(path: Path) -> Generation:
     one = find_generation(path)
     problems = verify_listed(one)
     if problems or one.manifest is None:
-        raise CheckpointError(f"the checkpoint is damaged: {_reason(problems)}", where=path)
+        raise CheckpointError(f"the checkpoint is damaged: {describe_problems(problems)}", where=path)
     return Generation(path, one.step, one.manifest)
 
 
-def _manifest(step: int, listing: Listing, files: Mapping[str, FileRecord], layout: Mapping[str, Any]) -> Manifest:
-    parent = listing.newest
-    return Manifest(
-        step=step,
-        serial=parent.serial + 1 if parent else 0,
-        run=listing.run or secrets.token_hex(16),
-        parent=parent,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        created_by=_created_by(),
-        torch=torch.__version__,
-        layout=dict(layout),
-        files=dict(files),
-    )
-
-
-def _created_by() -> str:
-    try:
-        return f"skymoe {metadata.version('skymoe')}"
-    except metadata.PackageNotFoundError:  # run from a source tree
-        return "skymoe"
-
-
-def _estimate(files: Mapping[str, TensorsToSave], texts: Mapping[str, bytes]) -> int:
-    """Bytes a save takes, its manifest included (generously)."""
-    data = sum(plan.header.num_bytes for plan in files.values()) + sum(map(len, texts.values()))
-    return data + _MANIFEST_BYTES_PER_TENSOR * sum(len(plan.tensors) for plan in files.values()) + 2**16
-
-
-def _load_tensor(file: TensorFile, name: str, sha256: str) -> Tensor:
-    tensor = empty(file.header.tensors[name])
-    data = bytes_of(tensor)
-    file.read_into(name, data)
-    if hashlib.sha256(data).hexdigest() != sha256:
-        raise CheckpointError(f"damaged: tensor {name} does not match its hash", where=file.path)
+def load_whole(stored: StoredTensor) -> Tensor:
+    """A whole tensor in new memory, on the CPU. Raises CheckpointError when a piece does not match its hash."""
+    tensor = empty(stored.info)
+    stored.read_into(whole_box(stored.info.shape), bytes_of(tensor))
     return tensor
 
 
-def _reason(problems: list[Problem]) -> str:
+def describe_problems(problems: list[Problem]) -> str:
+    """The first of them, and how many more."""
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return f"{problems[0]}{more}"

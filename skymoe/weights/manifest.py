@@ -6,6 +6,10 @@
             MANIFEST.json         what every other file here must be: size, SHA-256; every tensor: dtype, shape, SHA-256
             model.safetensors  optimizer.safetensors  state.json
 
+Where many ranks save together, each writes its own files, `model-00003.safetensors`, and a tensor in them is a box of a
+whole one. Such a manifest says version 2, so that an older reader refuses it by that; what one process writes is still
+version 1, byte for byte.
+
 A *generation* is written once and never changed. Each has a `serial`, one more than that of the generation published
 before it, which it names as `parent`: serials, not steps, say which is newer, because a run that was rolled back saves
 step 120 again after step 140. `run` is drawn with the first generation and inherited; a directory of another run that
@@ -25,7 +29,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from skymoe.base.dtype import DType
 from skymoe.base.errors import CheckpointError, printable
@@ -33,6 +37,8 @@ from skymoe.base.errors import CheckpointError, printable
 MANIFEST_NAME = "MANIFEST.json"
 LATEST_NAME = "LATEST"
 _MAX_BYTES = 2**28  # a quarter of a gigabyte: about a million tensors
+_RANK_FILE = re.compile(r"(.+)-\d{5,}")
+_NUMBER = re.compile(r"#\d+\Z")
 _ZEROS = "0" * 64
 _TAIL = re.compile(rb',\n "digest": "([0-9a-f]{64})"\n}\n')
 _TAIL_BYTES = len(f',\n "digest": "{_ZEROS}"\n}}\n')
@@ -54,6 +60,7 @@ class TensorRecord(_Record):
         slice: [start, stop) per dimension within the whole tensor, of which this file may hold a part.
         offset: first byte within the file.
         sha256: of its bytes.
+        whole: shape of the whole tensor; None means that this is all of it.
     """
 
     dtype: DType
@@ -61,6 +68,14 @@ class TensorRecord(_Record):
     slice: tuple[tuple[_Count, _Count], ...]
     offset: _Count
     sha256: Sha256
+    whole: tuple[_Count, ...] | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = handler(self)
+        if self.whole is None:
+            del fields["whole"]  # as files of version 1 have it
+        return fields
 
 
 class FileRecord(_Record):
@@ -83,7 +98,7 @@ class Manifest(_Record):
     """Everything a generation must be."""
 
     format: Literal["skymoe-generation"] = "skymoe-generation"
-    version: Literal[1] = 1
+    version: Literal[1, 2] = 1
     step: _Count
     serial: _Count
     run: Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
@@ -101,8 +116,12 @@ class Manifest(_Record):
 
     @property
     def num_tensors(self) -> int:
-        """Tensors in all files."""
-        return sum(len(file.tensors) for file in self.files.values())
+        """Whole tensors, however many pieces each is in."""
+        return len({
+            (stem_of(name, file), whole_name(tensor, record))
+            for name, file in self.files.items()
+            for tensor, record in file.tensors.items()
+        })  # fmt: skip
 
 
 class Latest(_Record):
@@ -118,6 +137,30 @@ class Latest(_Record):
 
 
 _RecordT = TypeVar("_RecordT", Manifest, Latest)
+
+
+def file_name(stem: str, rank: int | None) -> str:
+    """The tensor file of a rank; None for a process that writes everything."""
+    return f"{stem}.safetensors" if rank is None else f"{stem}-{rank:05d}.safetensors"
+
+
+def stem_of(file: str, record: FileRecord) -> str:
+    """The inverse of `file_name`: "model" of `model-00003.safetensors`, if that is the file of a rank."""
+    base = file.removesuffix(".safetensors")
+    match = _RANK_FILE.fullmatch(base)
+    of_a_rank = match and record.tensors and all(tensor.whole is not None for tensor in record.tensors.values())
+    return match[1] if match and of_a_rank else base
+
+
+def numbered(name: str, count: int) -> str:
+    """What the `count`-th piece of tensor `name` is called in its file, from 1."""
+    assert not _NUMBER.search(name), f"{name} cannot be told from a numbered piece"
+    return name if count == 1 else f"{name}#{count}"
+
+
+def whole_name(name: str, record: TensorRecord) -> str:
+    """The inverse of `numbered`."""
+    return name if record.whole is None else _NUMBER.sub("", name)
 
 
 def generation_name(step: int) -> str:

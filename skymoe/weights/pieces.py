@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from skymoe.weights.manifest import file_name, numbered
 from skymoe.weights.slices import Box
 from skymoe.weights.stored import whole_box
 
@@ -43,19 +44,13 @@ def whole_pieces(tensors: Mapping[str, Mapping[str, Tensor]]) -> Iterator[SavedP
             yield SavedPiece(stem, name, shape, whole_box(shape), tensor.detach())
 
 
-def file_name(stem: str, rank: int | None) -> str:
-    """The file of a rank; None for a single process."""
-    return f"{stem}.safetensors" if rank is None else f"{stem}-{rank:05d}.safetensors"
-
-
 def by_file(pieces: Iterable[SavedPiece], rank: int | None) -> dict[str, dict[str, SavedPiece]]:
     """File name -> name in the file -> piece, in the order given."""
     files: dict[str, dict[str, SavedPiece]] = {}
     for piece in pieces:
         content = files.setdefault(file_name(piece.stem, rank), {})
-        name, count = piece.name, 1
-        while name in content:
+        count = 1
+        while (name := numbered(piece.name, count)) in content:
             count += 1
-            name = f"{piece.name}#{count}"
         content[name] = piece
     return files

@@ -10,14 +10,15 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from skymoe.base.errors import FormatError, printable
+from skymoe.base.errors import CheckpointError, FormatError, printable
 from skymoe.weights.header import CHUNK_BYTES, TensorFile, TensorInfo
 from skymoe.weights.listing import Listed, Problem, find_generation
 from skymoe.weights.manifest import MANIFEST_NAME, FileRecord
+from skymoe.weights.stored import catalogue, cover_problem
 
 
 def verify_generation(path: Path) -> list[Problem]:
@@ -33,13 +34,30 @@ def verify_listed(one: Listed) -> list[Problem]:
     """As `verify_generation`, for a manifest already read."""
     if one.manifest is None or one.problems:
         return list(one.problems)
-    problems = check_files(one)
+    problems = check_cover(one) + check_files(one)
     spoiled = {problem.file for problem in problems}
-    whole = {name: record for name, record in one.manifest.files.items() if name not in spoiled}
+    return problems + check_contents(one, [name for name in one.manifest.files if name not in spoiled])
+
+
+def check_contents(one: Listed, names: Collection[str]) -> list[Problem]:
+    """The slow part: every byte of these files. Many ranks divide them among themselves."""
+    assert one.manifest is not None
+    files = one.manifest.files
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        for found in pool.map(lambda item: _check_content(one, *item), whole.items()):
-            problems += found
-    return problems
+        found = pool.map(lambda name: _check_content(one, name, files[name]), names)
+        return [problem for problems in found for problem in problems]
+
+
+def check_cover(one: Listed) -> list[Problem]:
+    """Whether the pieces in the files make up whole tensors, each element once."""
+    assert one.manifest is not None
+    try:
+        stored = catalogue(one.path, one.manifest)
+    except CheckpointError as error:
+        return [Problem(MANIFEST_NAME, "", error.what)]
+    tensors = [tensor for content in stored.values() for tensor in content.values()]
+    wrong = [(tensor.name, cover_problem(tensor)) for tensor in tensors]
+    return [Problem(MANIFEST_NAME, name, what) for name, what in wrong if what]
 
 
 def check_files(one: Listed) -> list[Problem]:

@@ -123,7 +123,7 @@ def test_full_disk_is_told_before_the_first_byte(small_disk: Path) -> None:
 
 def test_really_full_disk(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The space is taken by somebody else after it was counted."""
-    monkeypatch.setattr("skymoe.weights.generation.ensure_free_space", lambda directory, num_bytes: None)
+    monkeypatch.setattr("skymoe.weights.staged.ensure_free_space", lambda directory, num_bytes: None)
     root = small_disk / "root"
     save(root, 10)
     free = shutil.disk_usage(small_disk).free
@@ -140,7 +140,7 @@ def test_really_full_disk(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_the_estimate_is_close(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr("skymoe.weights.generation.ensure_free_space", lambda _, num_bytes: asked.append(num_bytes))
+    monkeypatch.setattr("skymoe.weights.staged.ensure_free_space", lambda _, num_bytes: asked.append(num_bytes))
     weight = state_of(1)["model"]["w"].repeat(300, 100)
     path = save_generation(tmp_path, 1, tensors={"model": {"w": weight}}, documents={}, layout={})
     written = sum(file.stat().st_size for file in path.iterdir())
