@@ -95,7 +95,7 @@ def test_blocks_of_any_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lon
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 6), max_size=4), st.integers(1, 5), st.data())
 def test_flat_shards(
-    tmp_path_factory: pytest.TempPathFactory, shape: list[int], ranks: int, data: st.DataObject
+    tmp_path_factory: pytest.TempPathFactory, sizes: list[int], ranks: int, data: st.DataObject
 ) -> None:
     """The division of an optimizer: equal runs of elements, each a few boxes; every dtype, scalars too."""
     root = tmp_path_factory.mktemp("flat")
