@@ -19,6 +19,7 @@ from skymoe.model.batch import BatchInfo
 from skymoe.model.inputs import AttentionInputs, attention_inputs
 from skymoe.model.linear import Embedding, Linear, RMSNorm
 from skymoe.model.mlp import SwiGLU
+from skymoe.model.moe import Experts, Router
 from skymoe.model.recompute import recompute_layer
 from skymoe.ops.routing import Routing
 from skymoe.parallel.mesh import Mesh
@@ -109,7 +110,9 @@ class Part(nn.Module):
         on_routing: OnRouting | None = None,
         recompute: bool = True,
     ) -> Tensor:
-        """Run the stage: hidden states in (None in the first stage, which looks the tokens up), hidden states out.
+        """Run the stage's layers: hidden states in (None in the first, which looks the tokens up), hidden states out.
+
+        The last stage's norm and head belong to `loss`.
 
         Args:
             x_ND: what the stage before gave.
@@ -129,22 +132,30 @@ class Part(nn.Module):
             x_ND, routing = run(x_ND, inputs, batch)
             if routing is not None and on_routing is not None:
                 x_ND = on_routing(int(name), x_ND, routing)
-        return self.norm(x_ND) if self.is_last else x_ND
+        return x_ND
 
     def embedded(self, tokens_BT: Tensor) -> Tensor:
         """The table's rows of this rank's tokens, (N, D)."""
         rows = vocabulary_embedding(tokens_BT.flatten(), self.embed.weight, self.vocabulary, self._mesh.tp)
         return self.tokens.leave(rows)
 
+    def routers(self) -> dict[int, Router]:
+        """The router of each MoE layer that has its feed-forward here, by the layer's global id."""
+        return {int(name): layer.moe.router for name, layer in self.layers.items() if layer.moe is not None}
+
+    def experts(self) -> dict[int, Experts]:
+        """This rank's experts of the same layers."""
+        return {int(name): layer.moe.experts for name, layer in self.layers.items() if layer.moe is not None}
+
     @property
     def head_weight(self) -> Tensor:
         """This rank's rows of the output projection; only the last stage has one."""
         return self.embed.weight if self.spec.tie_embeddings else self.head.weight
 
-    def loss(self, hidden_ND: Tensor, targets_BT: Tensor) -> Tensor:
-        """Cross-entropy in nats summed over the targets, the same on every tensor-parallel rank."""
-        # Each rank's gradient of the hidden states is partial; `enter` sums it on the way back.
-        whole_ND, targets_N = self.tokens.enter(hidden_ND), targets_BT.flatten()
+    def loss(self, x_ND: Tensor, targets_BT: Tensor) -> Tensor:
+        """Final norm, head and cross-entropy in nats summed over the targets, the same on every tp rank."""
+        # Each rank's gradient of the normed states is partial; `enter` sums it on the way back.
+        whole_ND, targets_N = self.tokens.enter(self.norm(x_ND)), targets_BT.flatten()
         return vocabulary_cross_entropy(
             whole_ND, self.head_weight, targets_N, self.vocabulary, self._mesh.tp, sum_gradient=False
         )

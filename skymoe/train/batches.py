@@ -1,7 +1,7 @@
 """The samples of one optimizer step, cut into micro-batches of tensors.
 
 What the loss is divided by is known before the first forward pass: targets and tokens of the *whole* step are
-counted here, on the numpy side. Under data parallelism they will be summed over ranks at this very place.
+counted here, on the numpy side, also where this process takes only a replica's share of the samples.
 
 Shapes: B sequences of a micro-batch, T tokens of a sequence.
 """
@@ -59,32 +59,58 @@ class StepBatch:
 
 
 def read_step(
-    mixture: Mixture, first_sample: int, num_samples: int, *, micro_sequences: int, device: torch.device
+    mixture: Mixture,
+    first_sample: int,
+    num_samples: int,
+    *,
+    micro_sequences: int,
+    device: torch.device,
+    replica: tuple[int, int] = (0, 1),
 ) -> StepBatch:
-    """Samples `first_sample` and on, as the micro-batches of one step."""
+    """Samples `first_sample` and on, as the micro-batches of one step.
+
+    Args:
+        mixture: the data.
+        first_sample, num_samples: which samples the step has.
+        micro_sequences: sequences per micro-batch.
+        device: of the tensors.
+        replica: which replica of how many: each takes its contiguous share of the samples. The counts are those of
+            the whole step in any case, so every replica reads all of it (8 bytes a token, from the page cache).
+    """
     samples = batch(mixture, first_sample, num_samples)
-    starts = range(0, num_samples, micro_sequences)
+    index, count = replica
+    share = num_samples // count
+    has_pads = count > 1 and not samples.valid_BT.all()  # replicas that exchange tokens must treat them alike
     micros = tuple(
-        micro_batch(samples.rows(start, start + micro_sequences), mixture.isolate_documents, device) for start in starts
+        micro_batch(
+            samples.rows(start, min(start + micro_sequences, (index + 1) * share)),
+            mixture.isolate_documents,
+            device,
+            keep_mask=has_pads,
+        )
+        for start in range(index * share, (index + 1) * share, micro_sequences)
     )
     return StepBatch(
         micros=micros,
         num_targets=int(np.count_nonzero(samples.targets_BT != IGNORED)),
-        num_tokens=sum(micro.num_tokens for micro in micros),
+        num_tokens=int(np.count_nonzero(samples.valid_BT)),
         num_samples=num_samples,
     )
 
 
-def micro_batch(rows: Batch, isolate_documents: bool, device: torch.device) -> MicroBatch:
-    """`rows` as tensors over the same memory. Positions and document ids are left out where they say nothing."""
+def micro_batch(rows: Batch, isolate_documents: bool, device: torch.device, *, keep_mask: bool = False) -> MicroBatch:
+    """`rows` as tensors over the same memory. What says nothing is left out: positions, document ids, and the mask
+    where there are no pads (unless `keep_mask`).
+    """
     num_tokens = int(np.count_nonzero(rows.valid_BT))
+    has_mask = keep_mask or num_tokens < rows.valid_BT.size
     return MicroBatch(
         tokens_BT=torch.from_numpy(rows.tokens_BT).to(device),
         targets_BT=torch.from_numpy(rows.targets_BT).to(device),
         info=BatchInfo(
             positions_BT=torch.from_numpy(rows.positions_BT).to(device) if isolate_documents else None,
             document_ids_BT=torch.from_numpy(rows.document_ids_BT).to(device) if isolate_documents else None,
-            valid_BT=None if num_tokens == rows.valid_BT.size else torch.from_numpy(rows.valid_BT).to(device),
+            valid_BT=torch.from_numpy(rows.valid_BT).to(device) if has_mask else None,
         ),
         num_tokens=num_tokens,
     )

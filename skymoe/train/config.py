@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from skymoe.base.config import Config
 from skymoe.base.dtype import DType
+from skymoe.parallel.config import ParallelConfig
 from skymoe.train.model_config import ModelConfig
 
 
@@ -205,11 +206,13 @@ class CheckpointConfig(Config):
         keep: generations kept.
         on_save_error: `warn` goes on training when a save fails (no space), the previous generation being whole;
             `abort` stops.
+        asynchronous: on many ranks, copy the state and write it while training goes on; one save at a time.
     """
 
     every: int = Field(default=500, ge=0)
     keep: int = Field(default=3, ge=1)
     on_save_error: Literal["warn", "abort"] = "warn"
+    asynchronous: bool = False
 
 
 class EvaluateConfig(Config):
@@ -276,7 +279,9 @@ class TrainConfig(Config):
 
     Attributes:
         steps: optimizer steps in all. The same command with more steps goes on from the last one.
-        recompute: activations recomputed in the backward pass: `none`, `all` layers, or the first N layers.
+        recompute: activations recomputed in the backward pass: `none`, `all` layers, the first N layers, or on many
+            ranks a number of layers for each stage, [2, 1, 0, 0].
+        parallel: how the work is divided over ranks; of no effect on one process.
         threads: CPU threads; None leaves torch's choice. Bit-exact repetition needs the same number.
     """
 
@@ -289,7 +294,8 @@ class TrainConfig(Config):
     schedule: ScheduleConfig = ScheduleConfig()
     balance: BalanceConfig = BalanceConfig()
     precision: PrecisionConfig = PrecisionConfig()
-    recompute: Literal["none", "all"] | int = "none"
+    recompute: Literal["none", "all"] | int | tuple[int, ...] = "none"
+    parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     guard: GuardConfig = GuardConfig()
@@ -299,6 +305,7 @@ class TrainConfig(Config):
 
     @model_validator(mode="after")
     def _recompute_counts_layers(self) -> Self:
-        if isinstance(self.recompute, int) and self.recompute < 0:
+        counts = self.recompute if isinstance(self.recompute, tuple) else (self.recompute,)
+        if any(isinstance(count, int) and count < 0 for count in counts):
             raise ValueError(f"recompute must be none, all or a number of layers, got {self.recompute}")
         return self

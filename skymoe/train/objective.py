@@ -25,11 +25,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from skymoe.model.batch import BatchInfo
 from skymoe.model.moe import MoE
 from skymoe.model.transformer import HiddenOutput, Transformer
 from skymoe.ops.balance import AuxLoss, GateTotals, aux_loss, capacity, gate_totals, loss_value, z_loss
 from skymoe.ops.loss import linear_cross_entropy
 from skymoe.ops.routing import Routing
+from skymoe.spec.model import MoESpec
 from skymoe.train.batches import MicroBatch, StepBatch
 
 
@@ -101,14 +103,19 @@ def moe_modules(model: Transformer) -> list[MoE]:
 
 
 def forward(model: Transformer, micro: MicroBatch, objective: Objective) -> HiddenOutput:
-    """One micro-batch up to the final norm, with the capacity its valid tokens allow when capacity is real."""
-    info, moe = micro.info, model.spec.moe
-    if moe is not None and objective.real_capacity is not None:
-        limit = capacity(
-            micro.num_tokens, num_experts=moe.num_experts, top_k=moe.top_k, capacity_factor=objective.real_capacity
-        )
-        info = info._replace(capacity=limit)
+    """One micro-batch up to the final norm."""
+    info = batch_info(micro, model.spec.moe, objective)
     return model.hidden(micro.tokens_BT, info, recompute=objective.recompute)
+
+
+def batch_info(micro: MicroBatch, moe: MoESpec | None, objective: Objective) -> BatchInfo:
+    """What the model is told of a micro-batch: with the capacity that its valid tokens allow, when capacity is real."""
+    if moe is None or objective.real_capacity is None:
+        return micro.info
+    limit = capacity(
+        micro.num_tokens, num_experts=moe.num_experts, top_k=moe.top_k, capacity_factor=objective.real_capacity
+    )
+    return micro.info._replace(capacity=limit)
 
 
 def autocast(compute: torch.dtype | None, device: torch.device) -> AbstractContextManager[object]:

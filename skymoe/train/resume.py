@@ -17,7 +17,7 @@ from typing import Any
 from skymoe.base.errors import ConfigError
 
 _MAY_CHANGE = (
-    "steps", "threads", "recompute", "run.dir", "run.device", "data.train", "data.valid", "data.tokenizer",
+    "steps", "threads", "recompute", "parallel", "run.dir", "run.device", "data.train", "data.valid", "data.tokenizer",
     "checkpoint", "evaluate", "guard", "track", "log", "precision.peak_flops",
 )  # fmt: skip
 

@@ -69,7 +69,7 @@ def start(config: TrainConfig, device: torch.device) -> Job:
             peak_flops=config.precision.peak_flops,
             dtype=torch_dtype(config.precision.compute),
             device=device,
-            recomputed_layers=objective.recompute,
+            recomputed=objective.recompute,
             statistics_pass=_has_statistics_pass(config, objective),
         ),
         device=device,

@@ -53,14 +53,14 @@ def describe_machine(
     peak_flops: float | None,
     dtype: torch.dtype,
     device: torch.device,
-    recomputed_layers: Iterable[int | Half] = (),
+    recomputed: Iterable[int | Half] = (),
     statistics_pass: bool = False,
 ) -> Machine:
     """The FLOP counts of the model and the peak of this rank's device, measured unless given."""
     return Machine(
         peak_flops=measure_gemm(dtype, device) if peak_flops is None else peak_flops,
         peak_source="measured gemm" if peak_flops is None else "recipe",
-        flops=training_flops(spec, sequence_length, recomputed_layers, statistics_pass),
+        flops=training_flops(spec, sequence_length, recomputed, statistics_pass),
     )
 
 
