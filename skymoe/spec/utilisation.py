@@ -4,9 +4,12 @@
     HFU = hardware FLOPs per token * tokens per second / peak          ... and what is computed again
 
 A recomputed layer costs its forward once more, counted layer by layer, because an uneven pipeline recomputes
-different layers in different stages and a stage may end in the middle of a layer. The statistics pass of the balance
-loss costs one more forward of everything up to the final norm. HFU says how busy the machine is; MFU how much of that
-was of use. Where nothing is recomputed they are the same.
+different layers in different stages and a stage may end in the middle of a layer. Torch stops the second run at the
+last tensor that the backward pass needs: the projection that ends a dense layer (or a half that ends a stage with the
+attention) is not run again, the experts' is, because the gradient of the gate needs what they put out. The statistics
+pass of the balance loss costs one more forward of everything up to the final norm. HFU says how busy the machine is;
+MFU how much of that was of use. Where nothing is computed twice they are the same. A test holds all of it to the
+matrix multiplications that torch makes.
 
 The peak is that of all devices together, so a bubble of the pipeline or a slow rank lowers both. Not counted as
 hardware work: the router that every tensor-parallel rank computes for itself under dispatch mode R, padding, and what
@@ -19,7 +22,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from skymoe.base.errors import ConfigError
-from skymoe.spec.flops import AttentionCount, flops_per_token
+from skymoe.spec.flops import AttentionCount, Flops, flops_per_token
 from skymoe.spec.layout import Half, Layout
 from skymoe.spec.model import ModelSpec
 
@@ -49,28 +52,28 @@ class Utilisation:
 
 
 def training_flops(
-    spec: ModelSpec, sequence_length: int, recomputed_layers: Iterable[int | Half] = (), statistics_pass: bool = False
+    spec: ModelSpec, sequence_length: int, recomputed: Iterable[int | Half] = (), statistics_pass: bool = False
 ) -> TrainingFlops:
     """What a token of a training step costs.
 
     Args:
         spec: the model.
         sequence_length: T, in tokens.
-        recomputed_layers: what is run again in the backward pass: whole layers by number, or halves of layers
-            (`recomputed_halves` of a layout). What occurs twice counts once.
+        recomputed: what is run again in the backward pass: whole layers by number, and halves by themselves where a
+            layer is cut (`recomputed_parts` of a layout). What occurs twice counts once.
         statistics_pass: whether the balance loss runs a forward pass of its own (several micro-batches, statistics of
             the global batch).
 
     Raises:
         ConfigError: `sequence_length` is not positive, or a layer is not in the model.
     """
-    halves = {half for item in recomputed_layers for half in _halves(item)}
-    if wrong := sorted({half.layer for half in halves} - set(range(spec.num_layers))):
+    parts = set(recomputed)
+    if wrong := sorted({_layer(part) for part in parts} - set(range(spec.num_layers))):
         raise ConfigError(f"layers {wrong} are recomputed, the model has {spec.num_layers}", where="recompute")
     model, hardware = [], []
     for convention in (AttentionCount.CAUSAL, AttentionCount.FULL):
         forward = flops_per_token(spec, sequence_length, attention=convention)
-        again = sum((forward.attention if is_attention else forward.ffn)[layer] for layer, is_attention in halves)
+        again = sum(_again(spec, forward, part) for part in parts)
         statistics = sum(forward.layers) if statistics_pass else 0.0
         model.append(3 * forward.total)
         hardware.append(3 * forward.total + again + statistics)
@@ -79,14 +82,16 @@ def training_flops(
     )
 
 
-def recomputed_halves(layout: Layout) -> tuple[Half, ...]:
-    """The halves of layers that `layout` runs again, over all stages in the order of the model."""
-    return tuple(
-        half
-        for stage in range(layout.num_stages)
-        for half in layout.halves(stage)
-        if half.layer in layout.recomputed_layers(stage)
-    )
+def recomputed_parts(layout: Layout) -> tuple[int | Half, ...]:
+    """What `layout` runs again, over all stages in the order of the model: whole layers, and halves of cut ones."""
+    parts: list[int | Half] = []
+    for stage in range(layout.num_stages):
+        layers = [half.layer for half in layout.halves(stage)]
+        again = layout.recomputed_layers(stage)
+        for half in layout.halves(stage):
+            if half.layer in again:
+                parts.append(half.layer if layers.count(half.layer) == 2 else half)
+    return tuple(dict.fromkeys(parts))
 
 
 def utilisation(flops: TrainingFlops, tokens_per_second: float, peak_flops_per_second: float) -> Utilisation:
@@ -97,5 +102,14 @@ def utilisation(flops: TrainingFlops, tokens_per_second: float, peak_flops_per_s
     )
 
 
-def _halves(item: int | Half) -> tuple[Half, ...]:
-    return (item,) if isinstance(item, Half) else (Half(item, True), Half(item, False))
+def _layer(part: int | Half) -> int:
+    return part.layer if isinstance(part, Half) else part
+
+
+def _again(spec: ModelSpec, forward: Flops, part: int | Half) -> float:
+    """FLOPs per token of the second run of `part`, up to the last tensor that its backward pass needs."""
+    layer = _layer(part)
+    if isinstance(part, Half) and part.is_attention:
+        return forward.attention[layer] - 2 * spec.num_heads * spec.head_dim * spec.hidden_size
+    ffn = forward.ffn[layer] - (0 if spec.is_moe_layer(layer) else 2 * spec.ffn_size * spec.hidden_size)
+    return ffn if isinstance(part, Half) else forward.attention[layer] + ffn
