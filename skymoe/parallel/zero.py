@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from skymoe.parallel.adamw import AdamWSettings, GroupSettings, ShardState
 from skymoe.parallel.flat import Flat
+from skymoe.parallel.memory import ZeroBytes
 from skymoe.parallel.mesh import Mesh
 from skymoe.parallel.saved import Read, SavedPiece, pieces, restore
 from skymoe.parallel.shards import BUCKET_BYTES, Bucket, plan_flats
@@ -179,6 +180,16 @@ class ZeroOptimizer:
             for bucket in flat.plan.buckets:
                 self._gather(flat, bucket)
         self.settle()
+
+    def allocated(self) -> ZeroBytes:
+        """Bytes of the buffers: what `memory.zero_bytes` says without them."""
+        states = [state for _, state in self._flats]
+        return ZeroBytes(
+            weights=sum(flat.weights.nbytes for flat, _ in self._flats),
+            gradients=sum(flat.gradients.nbytes for flat, _ in self._flats),
+            optimizer=sum(part.nbytes for state in states for part in (state.exp_avg, state.exp_avg_sq, state.steps)),
+            master=sum(state.master.nbytes for state in states if state.master is not None),
+        )
 
     def _gather(self, flat: Flat, bucket: Bucket) -> None:
         if (work := flat.gather(bucket, self._mesh.dp)) is not None:
