@@ -1,11 +1,11 @@
 """When each pass of a pipeline ran, or was planned to run: plain data that a clock writes and a report draws.
 
-A `Span` is one pass of one micro-batch through one stage on one rank: forward (F), backward (B), or the gradient of the
-weights alone (W, under schedules that split the backward pass; a B that is not split contains it). Times are seconds
-from a start that all ranks share.
+A `Span` is one pass of one micro-batch through one stage on one rank: forward (F), backward (B), or where a schedule
+splits the backward pass, its way towards the input (I) and the gradient of the weights (W). Times are seconds from the
+start of the step, which all ranks share.
 
 What a rank does not spend in a pass is *idle*: pipeline bubbles, waiting for a slower rank, and communication that is
-not hidden. Over a window from the first start to the last end
+not hidden. Over a window from the start of the step to its end
 
     bubble fraction = idle / (ranks * window)
 
@@ -23,8 +23,8 @@ from typing import Any, Literal, NamedTuple, get_args
 from skymoe.base.errors import FormatError
 from skymoe.spec.layout import Coordinate, Layout
 
-PassKind = Literal["F", "B", "W"]
-MAX_SPANS = 4096
+PassKind = Literal["F", "B", "I", "W"]
+MAX_SPANS = 1024
 MAX_RANKS = 64
 
 
@@ -34,9 +34,9 @@ class Span(NamedTuple):
     Attributes:
         stage: of the pipeline, in the order of the model.
         rank: in the world.
-        kind: F, B or W.
+        kind: F, B, I or W.
         micro: number of the micro-batch within the step.
-        start_s, end_s: seconds since a start that all ranks share.
+        start_s, end_s: seconds since the start of the step, which all ranks share.
     """
 
     stage: int
@@ -64,11 +64,17 @@ class StageTimes(NamedTuple):
     span_s: float
 
 
-def summarize(spans: Sequence[Span]) -> list[StageTimes]:
-    """Busy and idle time of every stage on every rank, by stage, then rank. Empty for no spans."""
+def summarize(spans: Sequence[Span], span_s: float = 0.0) -> list[StageTimes]:
+    """Busy and idle time of every stage on every rank, by stage, then rank. Empty for no spans.
+
+    Args:
+        spans: of all ranks.
+        span_s: the end of the step, where that is later than the last pass.
+    """
     if not spans:
         return []
-    start, end = min(span.start_s for span in spans), max(span.end_s for span in spans)
+    start = min(0.0, *(span.start_s for span in spans))
+    end = max(span_s, *(span.end_s for span in spans))
     busy: defaultdict[tuple[int, int], float] = defaultdict(float)
     idle: defaultdict[tuple[int, int], float] = defaultdict(float)
     for rank, own in _by_rank(spans).items():
@@ -89,30 +95,31 @@ def bubble_fraction(times: Sequence[StageTimes]) -> float:
 
 
 def timeline_record(
-    layout: Layout, spans: Sequence[Span], *, step: int, planned: Sequence[Span] = ()
+    layout: Layout, spans: Sequence[Span], *, step: int, span_s: float = 0.0, planned: Sequence[Span] = ()
 ) -> dict[str, Any]:
     """The line `timeline` of metrics.jsonl.
 
-    Up to 64 ranks are kept, beyond that those of the first replica (dp 0, tp 0), and of more than 4096 passes those of
+    Up to 64 ranks are kept, beyond that those of the first replica (dp 0, tp 0), and of more than 1024 passes those of
     the first micro-batches; times of stages are over all the passes of the ranks that are kept.
 
     Args:
         layout: of the run.
         spans: measured, of all ranks.
         step: the step that was measured.
+        span_s: its end, where that is later than the last pass.
         planned: what a plan or a simulator says, on the same ranks or on the first of each stage.
     """
-    kept = [span for span in spans if _is_kept(layout, span.rank)]
+    kept, kept_plan = ([span for span in these if _is_kept(layout, span.rank)] for these in (spans, planned))
     return {
         "kind": "timeline",
         "step": step,
         "world_size": layout.world_size,
         "layout": layout_fields(layout),
-        "stages": [_stage_fields(layout, times) for times in summarize(kept)],
+        "bubble": bubble_fraction(summarize(spans, span_s)),
+        "stages": [_stage_fields(layout, times) for times in summarize(kept, max(span_s, _end(spans)))],
         "spans": _encode(kept),
-        "planned_spans": _encode([span for span in planned if _is_kept(layout, span.rank)]),
-        "bubble": bubble_fraction(summarize(spans)),
-        "planned_bubble": bubble_fraction(summarize(planned)) if planned else None,
+        "planned_stages": [_stage_fields(layout, times) for times in summarize(kept_plan)],
+        "planned_spans": _encode(kept_plan),
     }
 
 
@@ -155,6 +162,10 @@ def _by_rank(spans: Sequence[Span]) -> Mapping[int, list[Span]]:
     for span in sorted(spans, key=lambda span: (span.start_s, span.end_s)):
         ranks[span.rank].append(span)
     return ranks
+
+
+def _end(spans: Sequence[Span]) -> float:
+    return max((span.end_s for span in spans), default=0.0)
 
 
 def _is_kept(layout: Layout, rank: int) -> bool:

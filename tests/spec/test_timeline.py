@@ -87,7 +87,15 @@ def test_the_record_goes_through_json_and_back():
     }  # fmt: skip
     assert sorted(read_spans(record["spans"])) == sorted(spans)
     assert sorted(read_spans(record["planned_spans"])) == sorted(planned)
-    assert record["bubble"] == pytest.approx(1 / 3) and record["planned_bubble"] == pytest.approx(1 / 3)
+    assert record["bubble"] == pytest.approx(1 / 3)
+    assert [entry["busy_s"] for entry in record["planned_stages"]] == [10.0] * 3
+
+
+def test_waiting_after_the_last_pass_is_idle_time():
+    """Until the end of the step, which the clock knows and the passes do not."""
+    spans = [Span(0, 0, "F", 0, 1.0, 2.0), Span(0, 0, "I", 0, 2.0, 3.0), Span(0, 0, "W", 0, 3.0, 4.0)]
+    (times,) = summarize(spans, 5.0)
+    assert (times.busy_s, times.idle_s, times.span_s) == (3.0, 2.0, 5.0)
 
 
 def test_a_large_world_keeps_one_replica_and_a_long_step_its_first_micro_batches():
@@ -100,7 +108,7 @@ def test_a_large_world_keeps_one_replica_and_a_long_step_its_first_micro_batches
     ]  # fmt: skip
     record = timeline_record(layout, spans, step=1)
     assert [entry["rank"] for entry in record["stages"]] == [0, 40]
-    assert len(record["spans"]) == 4096 and {row[3] for row in record["spans"]} == set(range(1024))
+    assert len(record["spans"]) == 1024 and {row[3] for row in record["spans"]} == set(range(256))
     assert record["stages"][0]["busy_s"] == pytest.approx(3000)  # of all passes, drawn or not
 
 
