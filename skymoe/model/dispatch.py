@@ -58,14 +58,14 @@ class LocalDispatcher:
     """All experts live here: a permutation and its inverse."""
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Received, Receipt]:
-        grouping = group_by_expert(routing, _row_multiple(x_TD))
+        grouping = group_by_expert(routing, row_multiple(x_TD))
         return Received(gather_tokens(x_TD, grouping), grouping.offsets_E), Receipt(grouping, routing.weights_TK)
 
     def combine(self, y_RD: Tensor, receipt: Receipt) -> Tensor:
         return scatter_tokens(y_RD, receipt.weights_TK, receipt.grouping)
 
 
-def _row_multiple(x_TD: Tensor) -> int:
+def row_multiple(x_TD: Tensor) -> int:
     """64 where the matmuls of a CPU are compiled by shape (bf16, fp16), else 1."""
     compiled = x_TD.device.type == "cpu" and matmul_dtype(x_TD) in (torch.bfloat16, torch.float16)
     return 64 if compiled else 1

@@ -31,42 +31,20 @@ from torch.autograd.function import once_differentiable
 
 from skymoe.parallel.mesh import Group
 from skymoe.parallel.traffic import Direction, Kind, Traffic
-from skymoe.parallel.transport import Pending, all_reduce, start_exchange, start_gather, start_reduce
+from skymoe.parallel.transport import Pending, start_all_reduce, start_exchange, start_gather, start_reduce
 from skymoe.spec.split import Split
 
 _Start = Callable[[Tensor, Direction], Pending]
 
 
-class _SumForward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, group: Group, traffic: Traffic | None) -> Tensor:
-        return all_reduce(x, group, traffic=traffic)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        return grad, None, None
-
-
-class _SumBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, group: Group, traffic: Traffic | None) -> Tensor:
-        ctx.group, ctx.traffic = group, traffic
-        return x.view_as(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        return all_reduce(grad, ctx.group, direction=Direction.BACKWARD, traffic=ctx.traffic), None, None
-
-
 def sum_forward(x: Tensor, group: Group, traffic: Traffic | None = None) -> Tensor:
     """The sum over the ranks of the group; the gradient passes unchanged."""
-    return x if group.handle is None else _SumForward.apply(x, group, traffic)
+    return arrived(start_sum_forward(x, group, traffic))
 
 
 def sum_backward(x: Tensor, group: Group, traffic: Traffic | None = None) -> Tensor:
-    """The same tensor; its gradient is summed over the ranks of the group."""
-    return x if group.handle is None else _SumBackward.apply(x, group, traffic)
+    """The same values; their gradient is summed over the ranks of the group."""
+    return arrived(start_sum_backward(x, group, traffic))
 
 
 def gather_rows(
@@ -117,10 +95,20 @@ class _Movement:
 
 @dataclass(frozen=True)
 class Coming:
-    """Rows on their way; `arrived` gives them. To be redeemed exactly once."""
+    """Rows on their way; `arrived` gives them, exactly once."""
 
     ticket: Tensor
     movement: _Movement | None
+
+    def advance(self) -> None:
+        """Let the second half of an all-reduce begin."""
+        if self.movement is not None and self.movement.pending is not None:
+            self.movement.pending.advance()
+
+    def settle(self) -> None:
+        """Wait now, take later."""
+        if self.movement is not None and self.movement.pending is not None:
+            self.movement.pending.wait()
 
 
 class _Begin(torch.autograd.Function):
@@ -160,6 +148,22 @@ def _begin(x_ND: Tensor, group: Group, movement: _Movement) -> Coming:
 def arrived(coming: Coming) -> Tensor:
     """The rows, once they are here."""
     return coming.ticket if coming.movement is None else _End.apply(coming.ticket, coming.movement)
+
+
+def start_sum_forward(x: Tensor, group: Group, traffic: Traffic | None = None) -> Coming:
+    """`sum_forward`, begun."""
+    return _begin(x, group, _Movement(
+        lambda x, way: start_all_reduce(x, group, direction=way, traffic=traffic),
+        lambda x, way: Pending(None, lambda: x),
+    ))  # fmt: skip
+
+
+def start_sum_backward(x: Tensor, group: Group, traffic: Traffic | None = None, kind: Kind = Kind.ALL_REDUCE) -> Coming:
+    """`sum_backward`; only its gradient is ever on its way."""
+    return _begin(x, group, _Movement(
+        lambda x, way: Pending(None, x.detach),
+        lambda x, way: start_all_reduce(x, group, kind=kind, direction=way, traffic=traffic),
+    ))  # fmt: skip
 
 
 def start_gather_rows(

@@ -29,17 +29,25 @@ from skymoe.spec.split import Split
 
 
 class Pending:
-    """A result on its way. `wait` may be called once; until then what was sent must not be changed."""
+    """A result on its way. Until it is here, what was sent must not be changed."""
 
-    def __init__(self, work: dist.Work | None, finish: Callable[[], Tensor]) -> None:
+    def __init__(self, work: dist.Work | None, finish: Callable[[], Tensor | Pending]) -> None:
         self._work = work
         self._finish = finish
+        self._result: Tensor | Pending | None = None
+
+    def advance(self) -> None:
+        """Where the way has two parts (an all-reduce): wait for the first and start the second."""
+        if self._result is None:
+            if self._work is not None:
+                self._work.wait()
+            self._result = self._finish()
 
     def wait(self) -> Tensor:
         """The result, here (on a GPU: before whatever this stream does next)."""
-        if self._work is not None:
-            self._work.wait()
-        return self._finish()
+        self.advance()
+        assert self._result is not None
+        return self._result.wait() if isinstance(self._result, Pending) else self._result
 
 
 def start_exchange(
@@ -106,17 +114,26 @@ def start_reduce(
     return Pending(None, lambda: _sum_in_order(coming.wait(), group.size))
 
 
-def all_reduce(
-    x: Tensor, group: Group, *, direction: Direction = Direction.FORWARD, traffic: Traffic | None = None
-) -> Tensor:
-    """The sum over the ranks, the same bits on each; a new tensor (of a group of one: the same tensor)."""
+def start_all_reduce(
+    x: Tensor,
+    group: Group,
+    *,
+    kind: Kind = Kind.ALL_REDUCE,
+    direction: Direction = Direction.FORWARD,
+    traffic: Traffic | None = None,
+) -> Pending:
+    """The sum over the ranks, the same bits on each: a reduce, and from `advance` or `wait` on a gather."""
     if group.handle is None:
-        return x
+        return Pending(None, x.detach)
     flat = x.reshape(-1)
     split = Split.remainder_first(flat.numel(), group.size)
-    part = start_reduce(flat, split, group, kind=Kind.ALL_REDUCE, direction=direction, traffic=traffic).wait()
-    whole = start_gather(part, split, group, kind=Kind.ALL_REDUCE, direction=direction, traffic=traffic).wait()
-    return whole.view(x.shape)
+    part = start_reduce(flat, split, group, kind=kind, direction=direction, traffic=traffic)
+
+    def second_half() -> Pending:
+        whole = start_gather(part.wait(), split, group, kind=kind, direction=direction, traffic=traffic)
+        return Pending(None, lambda: whole.wait().view(x.shape))
+
+    return Pending(None, second_half)
 
 
 def _sum_in_order(x: Tensor, num_parts: int) -> Tensor:

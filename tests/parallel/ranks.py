@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -86,8 +87,8 @@ def _rank(
             timeout=timedelta(seconds=timeout_s),
         )
         value = target(*args)
-        pipe.send(("", value))
+        pipe.send_bytes(pickle.dumps(("", value)))  # by value: shared memory would be gone with this process
         dist.barrier()  # nobody leaves while another still talks to it
         dist.destroy_process_group()
     except BaseException:
-        pipe.send((traceback.format_exc(), None))
+        pipe.send_bytes(pickle.dumps((traceback.format_exc(), None)))
