@@ -86,9 +86,11 @@ def layer_figures(job: Job, result: StepResult) -> dict[str, list[float]]:
     return {"drop_rate": result.drop_rate_L, "alpha": result.alpha_L, **lists}
 
 
-def timeline_line(job: Job, layout: Layout, spans: Sequence[Span], planned: Sequence[Span] = ()) -> dict[str, Any]:
+def timeline_line(
+    job: Job, layout: Layout, spans: Sequence[Span], *, span_s: float = 0.0, planned: Sequence[Span] = ()
+) -> dict[str, Any]:
     """Where the ranks were during the step just taken: its passes on all ranks, beside what a plan says."""
-    return timeline_record(layout, spans, step=job.state.counters.step, planned=planned)
+    return timeline_record(layout, spans, step=job.state.counters.step, span_s=span_s, planned=planned)
 
 
 def progress_fields(line: dict[str, Any]) -> dict[str, object]:
