@@ -37,6 +37,8 @@ def demo(
 def train(
     recipe: Annotated[Path, typer.Argument(help="A YAML or TOML file.")],
     overrides: Overrides = None,
+    nproc: Annotated[int, typer.Option(help="Processes to start on this machine; see docs/cluster.md.", min=1)] = 1,
+    max_restarts: Annotated[int, typer.Option(help="How often to start all again when one dies.", min=0)] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the recipe and print it in full.")] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -44,17 +46,30 @@ def train(
 ) -> None:
     """Train by a recipe. The same command again resumes; Ctrl-C saves first."""
     from skymoe.base.config import dump_config, read_config
+    from skymoe.base.log import setup_logging
     from skymoe.cli.console import print_json, print_report
+    from skymoe.parallel.lifeline import die_with_launcher, is_first_rank
     from skymoe.train.config import TrainConfig
 
+    die_with_launcher()
+    if not is_first_rank():
+        setup_logging(-1)  # one voice: the others speak when something is wrong
     config = read_config(TrainConfig, recipe, overrides or ())
     if dry_run:
         print_json(config) if as_json else print(dump_config(config), end="")
         return
+    if nproc > 1 or max_restarts:
+        from skymoe.parallel.launcher import launch, worker_command
+
+        flags = [flag for flag, given in (("--json", as_json), ("-q", quiet), ("-v", verbose)) if given]
+        raise typer.Exit(
+            launch(worker_command("train", recipe, *overrides or (), *flags), nproc, max_restarts=max_restarts)
+        )
     from skymoe.train.run import run
 
     result = run(config)
-    print_json(result) if as_json else print_report(result)
+    if is_first_rank():
+        print_json(result) if as_json else print_report(result)
     raise typer.Exit(result.exit_code)
 
 

@@ -35,20 +35,16 @@ class Failure:
 
     Attributes:
         rank: who failed.
-        who: the rank with its coordinate.
-        where: phase and step.
-        reason: what happened.
-        told_by: the rank that says so.
+        message: one sentence that names the rank, its phase and the reason.
+        told_by: the rank that says so, -1 for the launcher.
     """
 
     rank: int
-    who: str
-    where: str
-    reason: str
+    message: str
     told_by: int
 
     def __str__(self) -> str:
-        return f"{self.who} failed in {self.where}: {self.reason}" if self.where else f"{self.who}: {self.reason}"
+        return self.message
 
 
 def leave_word(store: dist.Store, failure: Failure) -> Failure:
@@ -72,18 +68,27 @@ def explain(error: BaseException, world: World, heart: Heartbeat) -> BaseExcepti
     """
     if world.store is None:
         return error
-    store = world.store.clone()
     own = heart.beat()
-    if not is_loss_of_others(error):
-        failure = Failure(world.rank, own.who, own.where, _reason(error), world.rank)
-        verdict = leave_word(store, failure)
-        if is_out_of_memory(error) or is_full_disk(error):
-            return MachineError(str(failure), hint=_hint(error))
-        return error if verdict.rank == world.rank or isinstance(error, SkymoeError) else error
-    verdict = find_culprit(store, world)
+    try:
+        if is_loss_of_others(error):
+            return _of_others(error, world, own)
+        verdict = Failure(world.rank, f"{own.who} failed in {own.where}: {_reason(error)}", world.rank)
+        leave_word(world.store.clone(), verdict)
+    except (dist.DistError, RuntimeError):  # the store is gone too
+        if is_loss_of_others(error):
+            return MachineError(f"{own.who} lost the others in {own.where}", why=_reason(error))
+    if is_out_of_memory(error) or is_full_disk(error):
+        return MachineError(str(verdict), hint=_hint(error))
+    return error
+
+
+def _of_others(error: BaseException, world: World, own: Beat) -> MachineError:
+    assert world.store is not None
+    verdict = find_culprit(world.store.clone(), world)
     if verdict is None:
         return MachineError(f"{own.who} lost the others in {own.where}", why=_reason(error))
-    return MachineError(str(verdict), why=f"{own.who} waited for it in {own.where}", hint="the same command resumes")
+    # without the rank that says so: from many ranks the same words are shown once
+    return MachineError(str(verdict), why=f"met in {own.where}", hint="the same command resumes")
 
 
 def find_culprit(store: dist.Store, world: World) -> Failure | None:
@@ -100,9 +105,13 @@ def find_culprit(store: dist.Store, world: World) -> Failure | None:
     if not silent:
         return None
     first = min(silent, key=lambda beat: beat.wall)
-    ago = max(time.time() - first.wall, 0.0)
-    reason = f"its process is gone or stopped; no sign of life for {ago:.0f} s"
-    return leave_word(store, Failure(first.rank, first.who, first.where, reason, world.rank))
+    return leave_word(store, Failure(first.rank, f"{last_seen(first)} (it is dead, stopped or cut off)", world.rank))
+
+
+def last_seen(beat: Beat) -> str:
+    """Of a rank that is silent: for how long, and its last word, which may be a second older than its end."""
+    ago = max(time.time() - beat.wall, 0.0)
+    return f"{beat.who} gives no sign of life for {ago:.0f} s; it was last in {beat.where}"
 
 
 def silent_ranks(before: dict[int, Beat], after: dict[int, Beat], world: World) -> list[Beat]:

@@ -114,6 +114,12 @@ def publish(store: dist.Store, beat: Beat) -> None:
     store.set(f"heartbeat/{beat.rank}", json.dumps(beat._asdict()))
 
 
+def read_beat(store: dist.Store, rank: int) -> Beat | None:
+    """The last word of one rank; None when it has said nothing."""
+    key = f"heartbeat/{rank}"
+    return _parsed(json.loads(store.get(key))) if store.check([key]) else None
+
+
 def read_beats(store: dist.Store, world: World) -> dict[int, Beat]:
     """The last word of every rank that has said anything."""
     keys = [f"heartbeat/{rank}" for rank in range(world.size)]

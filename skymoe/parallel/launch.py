@@ -15,6 +15,8 @@ What it does beyond `init_process_group`:
 from __future__ import annotations
 
 import os
+import sys
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +25,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from skymoe.base.errors import ConfigError, MachineError
+from skymoe.base.errors import ConfigError, MachineError, SkymoeError
 from skymoe.parallel.lifeline import die_with_launcher
 from skymoe.parallel.sockets import muster, open_store, stay_on_loopback
 
@@ -133,8 +135,21 @@ def distributed(timeout_s: float, *, device: str | torch.device = "cpu") -> Iter
     try:
         yield world
         dist.barrier()  # nobody leaves while another still talks to it
-    finally:
-        dist.destroy_process_group()
+    except BaseException as error:
+        _leave_behind(error)
+        raise
+    dist.destroy_process_group()
+
+
+def _leave_behind(error: BaseException) -> None:
+    """End torch.distributed after an error. Messages under way to ranks that do not answer must not hold us up."""
+    thread = threading.Thread(target=dist.destroy_process_group, daemon=True)
+    thread.start()
+    thread.join(_GRACE_S)
+    if thread.is_alive():  # neither would the interpreter come to its end
+        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.flush()
+        os._exit(error.exit_code if isinstance(error, SkymoeError) else 3)
 
 
 def _initialise(store: dist.Store, place: Place, device: torch.device, timeout_s: float) -> None:

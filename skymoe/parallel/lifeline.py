@@ -1,4 +1,4 @@
-"""A worker does not outlive its launcher. No torch: it is the first thing a worker does."""
+"""A worker does not outlive its launcher, and knows whether it speaks for all. No torch: both come before all else."""
 
 from __future__ import annotations
 
@@ -24,3 +24,8 @@ def die_with_launcher(environment: Mapping[str, str] = os.environ) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != int(launcher):  # it died before we asked
         os._exit(3)
+
+
+def is_first_rank(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process is rank 0, or alone: it shows progress and prints the result."""
+    return environment.get("RANK", "0") == "0"

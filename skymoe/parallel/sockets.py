@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import socket
+import sys
 import time
 import uuid
 from collections.abc import MutableMapping
@@ -28,8 +29,9 @@ _MISSING_NAMED = 8
 
 def stay_on_loopback(environment: MutableMapping[str, str]) -> None:
     """Let gloo and NCCL talk over the loopback interface, unless the user has named another."""
-    environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    environment.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    loopback = "lo0" if sys.platform == "darwin" else "lo"
+    environment.setdefault("GLOO_SOCKET_IFNAME", loopback)
+    environment.setdefault("NCCL_SOCKET_IFNAME", loopback)
 
 
 def host_store(port: int = 0) -> dist.TCPStore:
@@ -79,6 +81,11 @@ def muster(store: dist.Store, rank: int, size: int, *, timeout_s: float) -> dist
     store.set(f"muster/{rank}", own)
     attempt = _call_out(store, size, deadline) if rank == 0 else _hear(store, rank, own, deadline)
     return dist.PrefixStore(f"attempt/{attempt}", store)
+
+
+def attempt_of(store: dist.Store) -> str:
+    """The attempt that was called out last; empty before the first."""
+    return str(json.loads(store.get("muster/list"))[0]) if store.check(["muster/list"]) else ""
 
 
 def _call_out(store: dist.Store, size: int, deadline: float) -> str:

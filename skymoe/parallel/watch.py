@@ -23,7 +23,7 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 
-from skymoe.parallel.failure import INTERVAL_S, Failure, explain, leave_word, read_verdict, silent_ranks
+from skymoe.parallel.failure import INTERVAL_S, Failure, explain, last_seen, leave_word, read_verdict, silent_ranks
 from skymoe.parallel.heartbeat import Beat, Heartbeat, publish, read_beats
 from skymoe.parallel.launch import World
 from skymoe.spec.layout import Coordinate
@@ -72,18 +72,22 @@ class _Watch:
         self._told = threading.Event()  # from post to clock: this is what is to be said
         self._message = ""
         self._verdict: tuple[Failure, float] | None = None  # and when it was read
+        self._threads = [threading.Thread(target=target, daemon=True) for target in (self._post, self._clock)]
 
     def start(self) -> None:
         publish(self.store, self.heart.beat())
-        for target in (self._post, self._clock):
-            threading.Thread(target=target, name=f"skymoe {target.__name__}", daemon=True).start()
+        for thread in self._threads:
+            thread.start()
 
     def pause(self) -> None:
         """The training thread is about to end with an error of its own: it tells, not the clock. The heart beats on."""
         self._paused = True
 
     def stop(self) -> None:
+        """The block is over; threads that talk to the store must not outlive it."""
         self._ended.set()
+        for thread in self._threads:
+            thread.join(_MAY_END_S)
 
     def _post(self) -> None:
         while not self._ended.wait(self._interval()):
@@ -111,7 +115,7 @@ class _Watch:
             if self.heart.seconds > self.timeout_s:
                 self._end_of_a_hang()
             elif self._verdict and time.monotonic() - self._verdict[1] > _MAY_END_S:
-                self._leave(f"{self._verdict[0]}\n  {self.heart.beat().who} waited in {self.heart.beat().where}")
+                self._leave(f"{self._verdict[0]}\n  met in {self.heart.beat().where}")
 
     def _end_of_a_hang(self) -> None:
         self._hangs.set()
@@ -136,8 +140,10 @@ class _Watch:
         beats = read_beats(self.store, self.world)
         silent = silent_ranks(before, beats, self.world)
         culprit = blame(list(beats.values()), silent)
-        failure = Failure(culprit.rank, culprit.who, culprit.where, _symptom(culprit, silent), self.world.rank)
-        verdict = leave_word(self.store, failure)
+        symptom = (
+            last_seen(culprit) if culprit in silent else f"{culprit.who} hangs in {culprit.where} for {_age(culprit)} s"
+        )
+        verdict = leave_word(self.store, Failure(culprit.rank, symptom, self.world.rank))
         living = sorted(beats.keys() - {beat.rank for beat in silent})
         if living and living[0] != self.world.rank:
             return str(verdict)
@@ -164,12 +170,11 @@ def table(beats: list[Beat], silent: list[Beat]) -> str:
 
 
 def _described(beat: Beat, is_silent: bool) -> str:
-    age = max(time.time() - beat.wall, 0.0)
-    doing = f"{beat.who} {'waits' if beat.waits else 'has been'} in {beat.where} for {beat.seconds + age:.0f} s"
-    return f"{doing}; no sign of life for {age:.0f} s" if is_silent else doing
+    if is_silent:
+        return last_seen(beat)
+    return f"{beat.who} {'waits' if beat.waits else 'has been'} in {beat.where} for {_age(beat)} s"
 
 
-def _symptom(culprit: Beat, silent: list[Beat]) -> str:
-    age = max(time.time() - culprit.wall, 0.0)
-    hangs = f"hangs there for {culprit.seconds + age:.0f} s"
-    return f"{hangs}; no sign of life for {age:.0f} s" if culprit in silent else hangs
+def _age(beat: Beat) -> int:
+    """Seconds in its phase until now."""
+    return round(beat.seconds + max(time.time() - beat.wall, 0.0))
