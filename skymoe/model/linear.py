@@ -6,11 +6,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from skymoe.ops.deferred import DeferredWeights, deferred_linear
 from skymoe.ops.norm import rms_norm
 
 
 class Linear(nn.Module):
-    """y = x W^T (+ b), weight (out, in) as on disk. Uninitialised: model/init.py or model/load.py fills it."""
+    """y = x W^T (+ b), weight (out, in) as on disk. Uninitialised: model/init.py or model/load.py fills it.
+
+    Attributes:
+        deferred: where the weight's gradient is put off to, under a zero-bubble schedule; None for the ordinary way.
+    """
+
+    deferred: DeferredWeights | None = None
 
     def __init__(self, num_inputs: int, num_outputs: int, *, bias: bool = False) -> None:
         super().__init__()
@@ -18,6 +25,8 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(num_outputs)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.deferred is not None:
+            return deferred_linear(x, self.weight, self.bias, self.deferred)
         return F.linear(x, self.weight, self.bias)
 
 

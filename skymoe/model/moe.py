@@ -14,6 +14,7 @@ from skymoe.model.batch import BatchInfo
 from skymoe.model.dispatch import LocalDispatcher, TokenDispatcher
 from skymoe.model.linear import Linear
 from skymoe.model.mlp import SwiGLU
+from skymoe.ops.deferred import DeferredWeights
 from skymoe.ops.experts import ExpertsBackend, expert_swiglu
 from skymoe.ops.routing import Routing, gate_logits, route
 from skymoe.spec.model import MoESpec
@@ -45,7 +46,13 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """The stacked weights of a layer's experts: gate_up (E, 2F, D) with the gate's rows first, down (E, D, F)."""
+    """The stacked weights of a layer's experts: gate_up (E, 2F, D) with the gate's rows first, down (E, D, F).
+
+    Attributes:
+        deferred: where their gradients are put off to, under a zero-bubble schedule; None for the ordinary way.
+    """
+
+    deferred: DeferredWeights | None = None
 
     def __init__(self, hidden_size: int, moe: MoESpec, backend: ExpertsBackend) -> None:
         super().__init__()
@@ -54,7 +61,7 @@ class Experts(nn.Module):
         self.backend = backend
 
     def forward(self, x_RD: Tensor, offsets_E: Tensor) -> Tensor:
-        return expert_swiglu(x_RD, self.gate_up, self.down, offsets_E, self.backend)
+        return expert_swiglu(x_RD, self.gate_up, self.down, offsets_E, self.backend, self.deferred)
 
 
 class MoE(nn.Module):

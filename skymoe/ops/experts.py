@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from skymoe.ops.deferred import DeferredWeights, deferred_experts
 from skymoe.ops.precision import matmul_dtype
 
 
@@ -26,7 +27,12 @@ class ExpertsBackend(StrEnum):
 
 
 def expert_swiglu(
-    x_RD: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor, offsets_E: Tensor, backend: ExpertsBackend
+    x_RD: Tensor,
+    gate_up_EGD: Tensor,
+    down_EDF: Tensor,
+    offsets_E: Tensor,
+    backend: ExpertsBackend,
+    deferred: DeferredWeights | None = None,
 ) -> Tensor:
     """down(silu(gate(x)) * up(x)) with the expert of each row.
 
@@ -36,11 +42,16 @@ def expert_swiglu(
         down_EDF: (E, D, F) stacked down weights.
         offsets_E: int32, one past the last row of each expert; the last is R.
         backend: loop or grouped.
+        deferred: where the weights' gradients are put off to; None for the ordinary way.
 
     Returns:
         (R, D) in the dtype of the matmuls.
     """
     dtype = matmul_dtype(x_RD)
+    if deferred is not None:
+        grouped = backend is ExpertsBackend.GROUPED and can_group(dtype, gate_up_EGD.shape[2], down_EDF.shape[2])
+        h_RG = deferred_experts(x_RD.to(dtype), gate_up_EGD, offsets_E, deferred, grouped=grouped)
+        return deferred_experts(swiglu(h_RG), down_EDF, offsets_E, deferred, grouped=grouped)
     x_RD, gate_up_EGD, down_EDF = x_RD.to(dtype), gate_up_EGD.to(dtype), down_EDF.to(dtype)
     if backend is ExpertsBackend.GROUPED and can_group(dtype, gate_up_EGD.shape[2], down_EDF.shape[2]):
         h_RG = F.grouped_mm(x_RD, gate_up_EGD.transpose(1, 2), offs=offsets_E)

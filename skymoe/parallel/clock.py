@@ -1,0 +1,74 @@
+"""When a rank worked on what: start and end of every action of its stages, in each step.
+
+Always on: two readings of the clock per action on a CPU, two recorded events on a GPU (they are read only when somebody
+asks). Time between actions is idle time, waiting for a neighbour included; collectives within a stage (tensor and
+expert parallelism) count as work of the stage.
+"""
+
+from __future__ import annotations
+
+from time import perf_counter
+
+import torch
+
+from skymoe.plan.timeline import Action, Kind, Timeline, in_order
+
+Mark = float | torch.cuda.Event
+
+
+class Clock:
+    """The actions of the running, or of the last, step.
+
+    Args:
+        stages: of this rank.
+        device: whose time it is.
+    """
+
+    def __init__(self, stages: tuple[int, ...], device: torch.device) -> None:
+        self.stages = stages
+        self._cuda = device.type == "cuda"
+        self._marks: list[tuple[int, Kind, int, Mark, Mark]] = []
+        self._begin: Mark = 0.0
+        self._end: Mark = 0.0
+
+    def mark(self) -> Mark:
+        """Now."""
+        if not self._cuda:
+            return perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def begin(self) -> None:
+        """A step starts; what was kept of the one before is dropped."""
+        self._marks.clear()
+        self._begin = self.mark()
+
+    def end(self) -> None:
+        """The step is over, waiting included."""
+        self._end = self.mark()
+
+    def add(self, stage: int, kind: Kind, micro: int, start: Mark) -> None:
+        """An action that began at `start` ends now."""
+        self._marks.append((stage, kind, micro, start, self.mark()))
+
+    def prolong(self) -> None:
+        """The action added last ends only now: the loss belongs to the forward pass of the last stage."""
+        stage, kind, micro, start, _ = self._marks[-1]
+        self._marks[-1] = (stage, kind, micro, start, self.mark())
+
+    def timeline(self) -> Timeline:
+        """What this rank did in the last step, in seconds from its start. On a GPU it waits for the step to end."""
+        actions = [
+            Action(stage, kind, micro, self._seconds(start), self._seconds(end))
+            for stage, kind, micro, start, end in self._marks
+        ]
+        return Timeline(in_order(actions), self._seconds(self._end), (self.stages,))
+
+    def _seconds(self, mark: Mark) -> float:
+        if isinstance(mark, float):
+            assert isinstance(self._begin, float)
+            return mark - self._begin
+        mark.synchronize()
+        assert isinstance(self._begin, torch.cuda.Event)
+        return self._begin.elapsed_time(mark) / 1000
