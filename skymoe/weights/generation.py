@@ -135,7 +135,7 @@ class Generation:
     @cached_property
     def stored(self) -> dict[str, dict[str, StoredTensor]]:
         """Where the pieces of each whole tensor are: file stem -> name -> tensor."""
-        return catalogue(self.path, self.manifest)
+        return catalogue(self.path, self.manifest.files)
 
     def document(self, stem: str) -> Any:
         """The content of JSON file `stem`. Raises CheckpointError as `tensors` does."""

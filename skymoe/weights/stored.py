@@ -11,7 +11,7 @@ Elements are moved, not looked at: they are numpy words of the element's size.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -22,7 +22,7 @@ import numpy as np
 from skymoe.base.errors import CheckpointError
 from skymoe.weights.boxes import Source, Words, read_box, slices_of
 from skymoe.weights.header import CHUNK_BYTES, TensorInfo
-from skymoe.weights.manifest import Manifest, TensorRecord, stem_of, whole_name
+from skymoe.weights.manifest import FileRecord, TensorRecord, stem_of, whole_name
 from skymoe.weights.slices import Box, flat_boxes, intersect, shifted, volume
 
 _WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
@@ -121,14 +121,14 @@ class StoredTensor:
             raise CheckpointError(f"damaged: tensor {self.name} does not match its hash", where=path)
 
 
-def catalogue(directory: Path, manifest: Manifest) -> dict[str, dict[str, StoredTensor]]:
-    """Every whole tensor of a generation: file stem ("model") -> name -> tensor.
+def catalogue(directory: Path, files: Mapping[str, FileRecord]) -> dict[str, dict[str, StoredTensor]]:
+    """Every whole tensor in the files of a generation: file stem ("model") -> name -> tensor.
 
     Raises:
         CheckpointError: the manifest contradicts itself about a tensor.
     """
     found: dict[str, dict[str, list[StoredPiece]]] = {}
-    for file, record in manifest.files.items():
+    for file, record in files.items():
         if file.endswith(".safetensors"):
             stem = found.setdefault(stem_of(file, record), {})
             for name, tensor in record.tensors.items():

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -51,8 +51,13 @@ def check_contents(one: Listed, names: Collection[str]) -> list[Problem]:
 def check_cover(one: Listed) -> list[Problem]:
     """Whether the pieces in the files make up whole tensors, each element once."""
     assert one.manifest is not None
+    return cover_problems(one.path, one.manifest.files)
+
+
+def cover_problems(directory: Path, files: Mapping[str, FileRecord]) -> list[Problem]:
+    """As `check_cover`, before there is a manifest."""
     try:
-        stored = catalogue(one.path, one.manifest)
+        stored = catalogue(directory, files)
     except CheckpointError as error:
         return [Problem(MANIFEST_NAME, "", error.what)]
     tensors = [tensor for content in stored.values() for tensor in content.values()]
