@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from skymoe.ops.balance import GateTotals
+from skymoe.parallel.collectives import sum_forward
 from skymoe.parallel.mesh import Group, Mesh
 from skymoe.parallel.part import Part
-from skymoe.parallel.transport import all_reduce
 from skymoe.spec.model import ModelSpec
 
 
@@ -65,7 +65,7 @@ class Division:
         """Totals by layer, summed over `group` in one message."""
         if group is None or group.handle is None or not totals:
             return dict(totals)
-        summed = all_reduce(torch.stack([_flat(one) for one in totals.values()]), group)
+        summed = sum_forward(torch.stack([_flat(one) for one in totals.values()]), group)
         return dict(zip(totals, map(_from_flat, summed), strict=True))
 
     def sum_over_world(
@@ -81,7 +81,7 @@ class Division:
             rows = message[2:].view(count, -1)
             for index, totals in totals_here.items():
                 rows[index] = _flat(totals)
-        summed = all_reduce(message, self.mesh.world)
+        summed = sum_forward(message, self.mesh.world)
         return summed[0], summed[1], [_from_flat(row) for row in summed[2:].view(count, -1)] if count else []
 
 

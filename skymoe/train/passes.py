@@ -14,7 +14,7 @@ Shapes: L MoE layers of the model, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -24,8 +24,8 @@ from torch import Tensor
 from skymoe.ops.balance import AuxLoss, GateTotals, RouterMetrics, aux_loss, gate_totals, router_metrics, z_loss
 from skymoe.ops.routing import Routing
 from skymoe.parallel.attach import attach
+from skymoe.parallel.collectives import sum_forward
 from skymoe.parallel.pipeline import Pipeline
-from skymoe.parallel.transport import all_reduce
 from skymoe.train.batches import MicroBatch, StepBatch
 from skymoe.train.division import Division
 from skymoe.train.objective import Objective, StepSums, autocast, batch_info
@@ -106,12 +106,21 @@ class Pass:
 
 
 def gradients(
-    division: Division, pipeline: Pipeline[MicroBatch], batch: StepBatch, objective: Objective, alpha_L: Sequence[float]
+    division: Division,
+    pipeline: Pipeline[MicroBatch],
+    batch: StepBatch,
+    objective: Objective,
+    alpha_L: Sequence[float],
+    settle: Callable[[], None],
 ) -> tuple[StepSums, Pass]:
-    """Add the gradient of the step's loss to the parameters here; returns the global sums, and this rank's pass."""
+    """Add the gradient of the step's loss to the parameters here; returns the global sums, and this rank's pass.
+
+    `settle` waits for weights that still travel; training itself waits stage by stage (`Pipeline.before_stage`).
+    """
     global_totals = None
     if objective.aux is not AuxLoss.NONE and objective.global_statistics and len(batch.micros) > 1:
         first = Pass(division, batch, objective)
+        settle()
         pipeline.evaluate(batch.micros, first.forward, _no_loss)
         global_totals = division.sum_totals(dict(sorted(first.totals.items())), division.everybody)
     learned = Pass(division, batch, objective, alpha_L, global_totals)
@@ -130,7 +139,7 @@ def gate_figures(division: Division, done: Pass) -> list[RouterMetrics]:
             tokens = routing.probs_TE.shape[0] if valid_N is None else int(valid_N.sum())
             message[index, :-1] = torch.tensor(router_metrics(routing, valid_N), dtype=torch.float64) * tokens
             message[index, -1] = tokens
-    summed = all_reduce(message, division.mesh.world)
+    summed = sum_forward(message, division.mesh.world)
     means = (summed[:, :-1] / summed[:, -1:].clamp_min(1)).tolist()
     names: Sequence[str] = RouterMetrics._fields
     return [_metrics(dict(zip(names, row, strict=True))) for row in means]
