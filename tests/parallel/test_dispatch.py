@@ -1,207 +1,188 @@
-"""Distributed dispatch against `LocalDispatcher` on the tokens of all replicas: outputs and gradients, to fp64 rounding.
-
-Every rank has its experts' slices of the same weights. The loss is a product of the outputs with known numbers, so the
-gradient of every token, router weight and expert weight is compared, not only sums.
-"""
+"""Distributed dispatch against `LocalDispatcher` on all tokens, against differences, against formulas."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import pytest
 import torch
+import torch.distributed as dist
+from parallel.dispatch_world import (
+    CPU,
+    Case,
+    D,
+    Inputs,
+    Results,
+    distributed,
+    each,
+    expert_weights,
+    layouts,
+    own_experts,
+    own_tokens,
+    random,
+    reference,
+    replica,
+    routing,
+    wanted,
+)
 from parallel.ranks import run_ranks
 from torch import Tensor
 
-from skymoe.model.dispatch import LocalDispatcher
 from skymoe.ops.experts import ExpertsBackend, expert_swiglu
-from skymoe.ops.routing import Routing, count_assignments
+from skymoe.ops.routing import count_assignments
 from skymoe.parallel.dispatch import build_dispatcher, routed_experts
-from skymoe.parallel.mesh import Mesh, build_mesh
+from skymoe.parallel.mesh import Mesh
+from skymoe.parallel.traffic import Direction, Kind, Traffic
 from skymoe.spec.layout import DispatchMode, ExpertAxis, Layout
-from skymoe.spec.split import Split
+from skymoe.spec.traffic import DispatchShape, dispatch_bytes
 
-D, F = 6, 12
-CPU = torch.device("cpu")
-
-
-class Case(NamedTuple):
-    """A layer, its tokens and how they are routed.
-
-    Attributes:
-        tokens: of each replica.
-        choices: `spread` (random), `one` (all choices on the last expert and its neighbours), `dropped` (random, some
-            choices and whole tokens sent nowhere).
-    """
-
-    num_experts: int = 5
-    tokens: int = 7
-    top_k: int = 2
-    choices: str = "spread"
-    dtype: torch.dtype = torch.float64
-    overlap: bool = True
-    chunks: int = 1
+CASES = [
+    Case(),
+    Case(choices="dropped", top_k=3),
+    Case(choices="one", tokens=8, chunks=2),
+    Case(choices="dropped", chunks=3, overlap=False),
+    Case(choices="one", top_k=1, tokens=1),
+    Case(choices="dropped", chunks=2, recompute=True),
+    Case(choices="one", dtype=torch.float32),
+    Case(tokens=5, chunks=3, dtype=torch.bfloat16),
+]
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
 
-class Inputs(NamedTuple):
-    """Of one replica (or all of them)."""
-
-    x_TD: Tensor
-    weights_TK: Tensor
-    ids_TK: Tensor
-    target_TD: Tensor
+def all_of(pairs: list[tuple[Layout, Case]]) -> list[Results]:
+    return [distributed(mesh, case) for mesh, case in each(pairs)]
 
 
-class Results(NamedTuple):
-    """Outputs, and the gradients of tokens, router weights and expert weights."""
-
-    out_TD: Tensor
-    x_TD: Tensor
-    weights_TK: Tensor
-    gate_up_EGD: Tensor
-    down_EDF: Tensor
-
-
-def random(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def replica(case: Case, dp: int) -> Inputs:
-    num, k, experts = case.tokens, case.top_k, case.num_experts
-    ids_TK = random(10 * dp, num, experts).topk(k).indices
-    if case.choices == "one":
-        ids_TK = torch.arange(experts - 1, experts - 1 - k, -1).expand(num, k).contiguous()
-    if case.choices == "dropped":
-        ids_TK = ids_TK.masked_fill(random(10 * dp + 1, num, k) > 0.5, experts)
-        ids_TK[: num // 3] = experts
-    weights_TK = random(10 * dp + 2, num, k).abs() * (ids_TK < experts)
-    x_TD, target_TD = random(10 * dp + 3, num, D), random(10 * dp + 4, num, D)
-    return Inputs(x_TD.to(case.dtype), weights_TK.to(wide(case)), ids_TK, target_TD.to(case.dtype))
-
-
-def wide(case: Case) -> torch.dtype:
-    return torch.float64 if case.dtype is torch.float64 else torch.float32
-
-
-def expert_weights(case: Case) -> tuple[Tensor, Tensor]:
-    gate_up, down = random(1001, case.num_experts, 2 * F, D), random(1002, case.num_experts, D, F)
-    return gate_up.to(case.dtype), down.to(case.dtype)
-
-
-def routing(inputs: Inputs, case: Case) -> Routing:
-    counts_E = count_assignments(inputs.ids_TK, case.num_experts)
-    unknown = inputs.weights_TK.new_empty(0)
-    is_full = case.choices != "dropped"
-    return Routing(inputs.weights_TK, inputs.ids_TK, counts_E, unknown, unknown, is_full)
-
-
-def reference(case: Case, num_replicas: int) -> Results:
-    """One process with all experts and the tokens of all replicas."""
-    parts = [replica(case, dp) for dp in range(num_replicas)]
-    inputs = Inputs(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
-    gate_up, down = (weight.requires_grad_() for weight in expert_weights(case))
-    inputs = inputs._replace(x_TD=inputs.x_TD.requires_grad_(), weights_TK=inputs.weights_TK.requires_grad_())
-    local = LocalDispatcher()
-    received, receipt = local.dispatch(inputs.x_TD, routing(inputs, case))
-    y_RD = expert_swiglu(received.x_RD, gate_up, down, received.offsets_E, ExpertsBackend.GROUPED)
-    return results(local.combine(y_RD, receipt), inputs, gate_up, down)
-
-
-def results(out_TD: Tensor, inputs: Inputs, gate_up: Tensor, down: Tensor) -> Results:
-    sources = (inputs.x_TD, inputs.weights_TK, gate_up, down)
-    gradients = torch.autograd.grad((out_TD * inputs.target_TD).sum(), sources)
-    return Results(out_TD.detach(), *gradients)
-
-
-def own_tokens(mesh: Mesh, case: Case) -> slice:
-    """This rank's rows among those of its replica."""
-    layout = mesh.layout
-    part = layout.tokens(case.tokens).part(mesh.coordinate.tp) if layout.sequence_parallel else range(case.tokens)
-    return slice(part.start, part.stop)
-
-
-def own_experts(mesh: Mesh, gate_up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    layout = mesh.layout
-    part = layout.experts(gate_up.shape[0]).part(layout.expert_rank(mesh.coordinate))
-    gate_up, down = gate_up[part.start : part.stop], down[part.start : part.stop]
-    if layout.expert is ExpertAxis.ETP:
-        columns = layout.ffn(F).part(mesh.coordinate.tp)
-        cut = slice(columns.start, columns.stop)
-        gate_up, down = torch.cat((gate_up[:, :F][:, cut], gate_up[:, F:][:, cut]), 1), down[:, :, cut]
-    return gate_up.contiguous(), down.contiguous()
-
-
-def distributed(layout: Layout, case: Case) -> Results:
-    """The same on this rank of `layout`."""
-    mesh = build_mesh(layout, CPU)
-    dispatcher = build_dispatcher(mesh, case.num_experts, case.tokens, overlap=case.overlap, chunks=case.chunks)
-    tokens = own_tokens(mesh, case)
-    inputs = Inputs(*(tensor[tokens] for tensor in replica(case, mesh.coordinate.dp)))
-    inputs = inputs._replace(x_TD=inputs.x_TD.requires_grad_(), weights_TK=inputs.weights_TK.requires_grad_())
-    gate_up, down = (weight.requires_grad_() for weight in own_experts(mesh, *expert_weights(case)))
-
-    def experts(x_RD: Tensor, offsets_E: Tensor) -> Tensor:
-        return expert_swiglu(x_RD, gate_up, down, offsets_E, ExpertsBackend.GROUPED)
-
-    out_TD = routed_experts(dispatcher, experts, inputs.x_TD, routing(inputs, case))
-    return results(out_TD, inputs, gate_up, down)
-
-
-def wanted(layout: Layout, case: Case, whole: Results, rank: int) -> Results:
-    """What `rank` should find, cut from the results of one process; edp's expert gradients are of its replica."""
-    mesh = Mesh(layout, layout.coordinate(rank), CPU, None, *([None] * 6))  # type: ignore[list-item]
-    own = own_tokens(mesh, case)
-    start = mesh.coordinate.dp * case.tokens
-    rows = slice(start + own.start, start + own.stop)
-    experts = own_experts(mesh, whole.gate_up_EGD, whole.down_EDF)
-    return Results(whole.out_TD[rows], whole.x_TD[rows], whole.weights_TK[rows], *experts)
-
-
-def layouts(dp: int, tp: int) -> list[Layout]:
-    return [
-        Layout(dp=dp, tp=tp, expert=expert, dispatch=mode, stages=Split((2,)))
-        for expert in ExpertAxis
-        for mode in DispatchMode
-    ]
-
-
-def check_all(dp: int, tp: int, cases: list[Case]) -> None:
-    """Every expert axis and mode on dp x tp ranks, in one world."""
-    pairs = [(layout, case) for layout in layouts(dp, tp) for case in cases if layout.expert_ranks <= case.num_experts]
+@pytest.mark.parametrize(("dp", "tp"), [(1, 1), (1, 2), (2, 1), (1, 3), (2, 2)])
+def test_equals_one_process(dp: int, tp: int) -> None:
+    """Every expert axis and mode, in one world; uneven experts and tokens, ranks that receive nothing."""
+    pairs = [(one, case) for one in layouts(dp, tp) for case in CASES if one.expert_ranks <= case.num_experts]
     found = run_ranks(dp * tp, all_of, pairs)
     for number, (layout, case) in enumerate(pairs):
         whole = reference(case, dp)
         for rank in range(dp * tp):
-            mine, right = found[rank][number], wanted(layout, case, whole, rank)
+            mine = found[rank][number]
             if layout.expert is ExpertAxis.EDP:  # each replica has all experts: their gradients are summed over dp
                 ranks = [layout.rank(layout.coordinate(rank)._replace(dp=other)) for other in range(dp)]
                 mine = mine._replace(
                     gate_up_EGD=sum(found[other][number].gate_up_EGD for other in ranks),
                     down_EDF=sum(found[other][number].down_EDF for other in ranks),
                 )
-            tolerance = 1e-12 if case.dtype is torch.float64 else 3e-2
-            told = f"{layout.expert} {layout.dispatch} {case} rank {rank}"
-            for name, a, b in zip(Results._fields, mine, right, strict=True):
-                scale = float(b.abs().max()) if b.numel() else 1.0
-                close = torch.testing.assert_close
-                close(a, b, rtol=tolerance, atol=tolerance * max(1.0, scale), msg=lambda m: f"{told} {name}: {m}")
+            compare(mine, wanted(layout, case, whole, rank), case, f"{layout.expert} {layout.dispatch} rank {rank}")
 
 
-def all_of(pairs: list[tuple[Layout, Case]]) -> list[Results]:
-    return [distributed(layout, case) for layout, case in pairs]
+def compare(mine: Results, right: Results, case: Case, told: str) -> None:
+    tolerance = TOLERANCE[case.dtype]
+    for name, a, b in zip(Results._fields, mine, right, strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        scale = max(1.0, float(b.abs().max())) if b.numel() else 1.0
+        error = float((a - b).abs().max()) / scale if b.numel() else 0.0
+        assert error <= tolerance, f"{told}, {case}: {name} is wrong by {error:.1e}"
 
 
-@pytest.mark.parametrize(("dp", "tp"), [(1, 1), (1, 2), (2, 1), (1, 3), (2, 2)])
-def test_equals_one_process(dp: int, tp: int) -> None:
-    check_all(
-        dp,
-        tp,
-        [
-            Case(),
-            Case(choices="dropped", top_k=3),
-            Case(choices="one", tokens=8, chunks=2),
-            Case(choices="dropped", chunks=3, overlap=False),
-            Case(tokens=1, top_k=1),
-            Case(tokens=5, chunks=3, dtype=torch.bfloat16),
-        ],
-    )
+def slope(mesh: Mesh, case: Case, step: float) -> tuple[Tensor, Tensor]:
+    """The derivative of the world's loss along a direction: by differences of outputs, and by gradients.
+
+    The direction moves every token, router weight and expert weight; what several ranks have alike they move alike.
+    """
+    dispatcher = build_dispatcher(mesh, case.num_experts, case.tokens, chunks=case.chunks)
+    tokens, dp = own_tokens(mesh, case), mesh.coordinate.dp
+    inputs = Inputs(*(tensor[tokens] for tensor in replica(case, dp)))
+    gate_up, down = expert_weights(case)
+    moved = (random(50 + dp, case.tokens, D)[tokens], random(60 + dp, case.tokens, case.top_k)[tokens])
+    moved += own_experts(mesh, random(70, *gate_up.shape), random(80, *down.shape))
+    here = (inputs.x_TD, inputs.weights_TK, *own_experts(mesh, gate_up, down))
+
+    def loss(x_TD: Tensor, weights_TK: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        def experts(x_RD: Tensor, offsets_E: Tensor) -> Tensor:
+            return expert_swiglu(x_RD, gate_up, down, offsets_E, ExpertsBackend.LOOP)
+
+        routed = routing(inputs._replace(weights_TK=weights_TK), case)
+        return (routed_experts(dispatcher, experts, x_TD, routed) * inputs.target_TD).sum()
+
+    def at(distance: float) -> Tensor:
+        with torch.no_grad():
+            return loss(*(value + distance * way for value, way in zip(here, moved, strict=True)))
+
+    counts_once = mesh.layout.dispatch is not DispatchMode.REPLICATED or mesh.coordinate.tp == 0
+    by_difference = (at(step) - at(-step)) / (2 * step) * counts_once
+    leaves = [value.clone().requires_grad_() for value in here]
+    parts = [(g * v).sum() for g, v in zip(torch.autograd.grad(loss(*leaves), leaves), moved, strict=True)]
+    by_gradient = (parts[0] + parts[1]) * counts_once + parts[2] + parts[3]
+    both = torch.stack((by_difference, by_gradient))
+    dist.all_reduce(both)
+    return both[0], both[1]
+
+
+def slopes(pairs: list[tuple[Layout, Case]]) -> list[tuple[Tensor, Tensor]]:
+    return [slope(mesh, case, 1e-5) for mesh, case in each(pairs)]
+
+
+@pytest.mark.parametrize(("dp", "tp"), [(1, 3), (2, 2)])
+def test_gradients_are_derivatives(dp: int, tp: int) -> None:
+    """fp64 gradient check of dispatch, experts and combine, the perturbation being the same act on all ranks."""
+    cases = [Case(), Case(choices="dropped", chunks=2)]
+    pairs = [(layout, case) for layout in layouts(dp, tp) for case in cases]
+    for (layout, case), (difference, gradient) in zip(pairs, run_ranks(dp * tp, slopes, pairs)[0], strict=True):
+        told = f"{layout.expert} {layout.dispatch} {case}"
+        assert abs(difference - gradient) <= 1e-8 * max(1.0, abs(gradient)), f"{told}: {difference} {gradient}"
+
+
+def measured(pairs: list[tuple[Layout, Case]]) -> list[tuple[int, int, int]]:
+    """Bytes forward, backward, and of the forward's metadata."""
+    found = []
+    for mesh, case in each(pairs):
+        traffic = Traffic()
+        distributed(mesh, case, traffic)
+        forward, backward = (traffic.activations(way) for way in (Direction.FORWARD, Direction.BACKWARD))
+        found.append((forward, backward, traffic.bytes(Kind.METADATA, Direction.FORWARD)))
+    return found
+
+
+@pytest.mark.parametrize(("dp", "tp"), [(1, 2), (1, 3), (2, 2)])
+def test_bytes_are_those_of_the_formula(dp: int, tp: int) -> None:
+    """To the byte, and from the real choices of the tokens in mode A."""
+    cases = [
+        Case(), Case(choices="one"), Case(choices="dropped", top_k=3), Case(dtype=torch.bfloat16),
+        Case(num_experts=12, tokens=12, chunks=2), Case(chunks=3, dtype=torch.float32),
+    ]  # fmt: skip
+    pairs = [(layout, case) for layout in layouts(dp, tp) for case in cases]
+    found = run_ranks(dp * tp, measured, pairs)
+    for number, (layout, case) in enumerate(pairs):
+        if layout.dispatch is DispatchMode.REPLICATED and case.tokens % (tp * case.chunks):
+            continue  # an all-reduce in chunks divides each chunk's numbers, not the sum of them
+        shape = DispatchShape(
+            num_tokens=case.tokens, hidden_size=D, itemsize=case.dtype.itemsize,
+            num_experts=case.num_experts, top_k=case.top_k,
+        )  # fmt: skip
+        loads = [loads_of(layout, case, rank) for rank in range(dp * tp)]
+        for rank in range(dp * tp):
+            place = layout.coordinate(rank)
+            formula = dispatch_bytes(layout, place, shape, loads)
+            forward, backward, metadata = found[rank][number]
+            told = f"{layout.expert} {layout.dispatch} rank {rank} {case}"
+            assert (forward, backward) == (formula, formula), told
+            assert metadata < 64 * case.num_experts * case.chunks + 16 * dp * tp * case.tokens * case.top_k, told
+
+
+def loads_of(layout: Layout, case: Case, rank: int) -> list[int]:
+    """Assignments of the rank's tokens to each expert."""
+    mesh = Mesh(layout, layout.coordinate(rank), CPU, None, *([None] * 6))  # type: ignore[arg-type]
+    ids_TK = replica(case, mesh.coordinate.dp).ids_TK[own_tokens(mesh, case)]
+    counts: list[int] = count_assignments(ids_TK, case.num_experts).tolist()
+    return counts
+
+
+def twice(pairs: list[tuple[Layout, Case]]) -> list[tuple[Results, Results]]:
+    return [(distributed(mesh, case), distributed(mesh, case)) for mesh, case in each(pairs)]
+
+
+def test_runs_repeat_bit_for_bit() -> None:
+    """And in mode R the ranks of a tp group end with the same bits."""
+    pairs = [(layout, Case(tokens=9, chunks=2, dtype=torch.float32)) for layout in layouts(1, 3)]
+    found = run_ranks(3, twice, pairs)
+    for number, (layout, _) in enumerate(pairs):
+        for first, second in (found[rank][number] for rank in range(3)):
+            assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+            if layout.dispatch is DispatchMode.REPLICATED:
+                assert torch.equal(first.out_TD, found[0][number][0].out_TD)
+                assert torch.equal(first.x_TD, found[0][number][0].x_TD)
+                assert torch.equal(first.weights_TK, found[0][number][0].weights_TK)
