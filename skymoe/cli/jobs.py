@@ -40,6 +40,10 @@ def train(
     nproc: Annotated[int, typer.Option(help="Processes to start on this machine; see docs/cluster.md.", min=1)] = 1,
     max_restarts: Annotated[int, typer.Option(help="How often to start all again when one dies.", min=0)] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the recipe and print it in full.")] = False,
+    world_size: Annotated[
+        int | None, typer.Option(min=1, help="With --dry-run: what one rank of so many would be, built without memory.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(min=0, help="With --world-size: which rank; default: 0.")] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -55,6 +59,15 @@ def train(
     if not is_first_rank():
         setup_logging(-1)  # one voice: the others speak when something is wrong
     config = read_config(TrainConfig, recipe, overrides or ())
+    _check_dry_run(dry_run, world_size, rank)
+    if dry_run and world_size is not None:
+        from skymoe.cli.console import standard_output
+        from skymoe.train.dry_run import dry_run as build_rank
+        from skymoe.train.dry_run_table import show
+
+        report = build_rank(config, world_size=world_size, rank=rank or 0)
+        print_json(report) if as_json else show(report, standard_output())
+        return
     if dry_run:
         print_json(config) if as_json else print(dump_config(config), end="")
         return
@@ -71,6 +84,15 @@ def train(
     if is_first_rank():
         print_json(result) if as_json else print_report(result)
     raise typer.Exit(result.exit_code)
+
+
+def _check_dry_run(dry_run: bool, world_size: int | None, rank: int | None) -> None:
+    from skymoe.base.errors import ConfigError
+
+    if world_size is not None and not dry_run:
+        raise ConfigError("--world-size belongs to --dry-run", hint="--nproc starts processes, and so does torchrun")
+    if rank is not None and world_size is None:
+        raise ConfigError("--rank is one of how many?", hint=f"--dry-run --world-size N --rank {rank}")
 
 
 def generate(
