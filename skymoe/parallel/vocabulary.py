@@ -20,13 +20,13 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from skymoe.ops.loss import IGNORED
 from skymoe.ops.precision import matmul_dtype, wide_dtype
 from skymoe.parallel.mesh import Group
+from skymoe.parallel.transport import Pending, start_all_reduce, start_gather
 from skymoe.spec.split import Split
 
 _CHUNK_LOGITS = 1 << 20  # elements of fp32 logits in one chunk on the rank with most rows; two chunks are alive
@@ -103,8 +103,8 @@ class _VocabularyCrossEntropy(torch.autograd.Function):
                 grad_hidden[chunk.tokens] = grad_NV @ weight
                 grad_weight += grad_NV.t() @ chunk.hidden_ND
         if grad_hidden is not None and grad_weight is not None:
-            if sum_gradient and group.handle is not None:
-                dist.all_reduce(grad_hidden, group=group.handle)
+            if sum_gradient:
+                grad_hidden = start_all_reduce(grad_hidden, group).wait()
             ctx.save_for_backward(grad_hidden, grad_weight.to(weight_VD.dtype))
         return loss.to(wide_dtype(dtype))
 
@@ -116,21 +116,19 @@ class _VocabularyCrossEntropy(torch.autograd.Function):
 
 
 class _Chunk(NamedTuple):
-    """Some tokens: the logits here, and the two numbers per token that the ranks tell each other (R, 2, N)."""
+    """Some tokens: the logits here, and the two numbers per token that the ranks tell each other, (2 R, N)."""
 
     tokens: slice
     hidden_ND: Tensor
     logits_NV: Tensor
     mine_N: Tensor
     index_N: Tensor
-    told_R2N: Tensor
-    arrival: dist.Work | None
+    told: Pending
 
     def heard(self) -> tuple[Tensor, Tensor]:
         """Wait for the others; log of the sum over the whole vocabulary, and the target's logit."""
-        if self.arrival is not None:
-            self.arrival.wait()
-        return self.told_R2N[:, 0].logsumexp(0), self.told_R2N[:, 1].sum(0)
+        told_R2N = self.told.wait().unflatten(0, (-1, 2))
+        return told_R2N[:, 0].logsumexp(0), told_R2N[:, 1].sum(0)
 
     def gradient(self, log_sum_N: Tensor, scored_N: Tensor) -> Tensor:
         """softmax - one-hot in the columns here, zero where nothing is scored. Takes the place of the logits."""
@@ -148,25 +146,21 @@ def _chunks(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, rows: Split
         tokens = slice(start, start + size)
         mine_N, index_N = _own(targets_N[tokens], rows.part(group.rank))
         logits_NV = (hidden_ND[tokens] @ weight_VD.t()).to(wide_dtype(weight_VD.dtype))
-        told_R2N, arrival = _tell(logits_NV, mine_N, index_N, group)
+        told = _tell(logits_NV, mine_N, index_N, group)
         if pending is not None:
             yield pending
-        pending = _Chunk(tokens, hidden_ND[tokens], logits_NV, mine_N, index_N, told_R2N, arrival)
+        pending = _Chunk(tokens, hidden_ND[tokens], logits_NV, mine_N, index_N, told)
     if pending is not None:
         yield pending
 
 
-def _tell(logits_NV: Tensor, mine_N: Tensor, index_N: Tensor, group: Group) -> tuple[Tensor, dist.Work | None]:
+def _tell(logits_NV: Tensor, mine_N: Tensor, index_N: Tensor, group: Group) -> Pending:
     """Start to exchange the log of the sum over the own columns (-inf where there are none) and the target's logit."""
     own_2N = logits_NV.new_zeros(2, len(logits_NV))
     own_2N[0] = logits_NV.logsumexp(1)
     if logits_NV.shape[1]:
         own_2N[1] = logits_NV.gather(1, index_N[:, None])[:, 0].masked_fill_(~mine_N, 0.0)
-    if group.handle is None:
-        return own_2N[None], None
-    told_R2N = own_2N.new_empty(group.size, *own_2N.shape)
-    arrival = dist.all_gather_into_tensor(told_R2N.view(-1), own_2N.view(-1), group=group.handle, async_op=True)
-    return told_R2N, arrival
+    return start_gather(own_2N, Split((2,) * group.size), group)
 
 
 def _own(ids: Tensor, rows: range) -> tuple[Tensor, Tensor]:
