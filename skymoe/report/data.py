@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from skymoe.base.errors import FormatError, printable
 from skymoe.report.metrics import Columns, number, read_records
+from skymoe.report.timeline import Timeline, read_timeline
 
 _MAX_DOCUMENT_BYTES = 16 * 2**20
 
@@ -34,6 +35,7 @@ class Run:
         evals, events: those records, in order.
         recipe: the resolved recipe as text, "" when there is none.
         environment: the machine and the package versions, {} when unknown.
+        timeline: the last one that was logged, None for a run of one process.
     """
 
     path: Path
@@ -46,11 +48,18 @@ class Run:
     recipe: str
     environment: dict[str, Any]
     notes: tuple[str, ...]
+    timeline: Timeline | None = None
 
     @property
     def is_moe(self) -> bool:
         """Whether the trained model has MoE layers."""
         return bool(self.moe_layers) or bool(self.layers)
+
+    @property
+    def world_size(self) -> int:
+        """How many ranks trained it, at the end."""
+        known = self.train["world_size"][np.isfinite(self.train["world_size"])]
+        return int(known[-1]) if len(known) else 1
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
@@ -94,6 +103,7 @@ def read_run(path: Path, name: str | None = None) -> Run:
     header: dict[str, Any] = {}
     evals: list[dict[str, Any]] = []
     events: list[dict[str, Any]] = []
+    timeline: dict[str, Any] = {}
     columns = Columns()
     for record in read_records(metrics, notes):
         kind = record.get("kind")
@@ -103,6 +113,8 @@ def read_run(path: Path, name: str | None = None) -> Run:
             columns.append(record)
         elif kind == "eval" and number(record.get("step")) is not None:
             evals = [old for old in evals if old["step"] < record["step"]] + [record]
+        elif kind == "timeline" and number(record.get("step")) is not None:
+            timeline = record
         elif kind == "event":
             events.append(record)
     if not (header or len(columns) or evals):
@@ -118,6 +130,7 @@ def read_run(path: Path, name: str | None = None) -> Run:
         events=tuple(events),
         recipe=_text(path / "recipe.yaml"),
         environment=_document(path / "environment.json", dict, notes),
+        timeline=read_timeline(timeline, notes) if timeline else None,
         notes=tuple(notes),
     )
 

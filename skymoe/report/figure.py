@@ -53,10 +53,14 @@ def describe(chart: Chart) -> str:
     return f"{chart.title} over {AXES[chart.axes[0]]}: {'; '.join(words)}"
 
 
+def chip(name: str, color: str, kind: str) -> Html:
+    """An entry of a legend: a mark of class `kind` in `color`, a name of the page's or "#rrggbb"."""
+    value = color if color.startswith("#") else f"var(--{color})"
+    return el("li", el("i", class_=kind, style=f"--c:{value}", aria_hidden="true"), name)
+
+
 def _chip(line: Line) -> Html:
-    color = line.color if line.color.startswith("#") else f"var(--{line.color})"
-    kind = "line" if line.dash == "solid" else f"line {line.dash}"
-    return el("li", el("i", class_=kind, style=f"--c:{color}", aria_hidden="true"), line.name)
+    return chip(line.name, line.color, "line" if line.dash == "solid" else f"line {line.dash}")
 
 
 def _switch(chart: Chart) -> Html:

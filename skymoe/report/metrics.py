@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 COLUMNS = ("step", "tokens", "flops", "loss", "aux_loss", "lr", "grad_norm", "tokens_per_s", "mfu_causal", "mfu_full",
-           "seconds")  # fmt: skip
+           "seconds", "hfu", "tokens_per_s_per_device", "world_size")  # fmt: skip
 LAYER_COLUMNS = ("drop_rate", "alpha", "max1_max2", "max2_max3", "load_cov", "dead_experts", "gate_entropy")
 _MAX_LINE_BYTES = 64 * 2**20
 

@@ -11,6 +11,8 @@ from skymoe.report.charts import run_colors
 from skymoe.report.config import ReportConfig
 from skymoe.report.data import Material, read_material
 from skymoe.report.page import page
+from skymoe.report.ranks import ranks
+from skymoe.report.speed import speed
 from skymoe.report.verdict import compare
 
 
@@ -57,7 +59,8 @@ def build_sections(material: Material, max_points: int) -> tuple[sections.Sectio
         sections.balance(material, colors, max_points),
         sections.gates(material, colors, max_points),
         sections.experts(material, colors, max_points),
-        sections.speed(material, colors, max_points),
+        speed(material, colors, max_points),
+        ranks(runs, colors),
         documents.receipt(material),
         documents.samples(material),
         documents.configuration(runs, colors),

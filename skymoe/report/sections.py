@@ -1,4 +1,4 @@
-"""The parts of the page that are drawn: result, loss, balance, gates, experts, speed.
+"""The parts of the page that are drawn: result, loss, balance, gates, experts.
 
 A part without its data is one line that says what is missing; it never disappears silently.
 """
@@ -9,15 +9,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from skymoe.report import charts
 from skymoe.report.charts import Chart
 from skymoe.report.data import Material, Run
 from skymoe.report.figure import figure, heat_figure, layer_key
 from skymoe.report.html import Html, el, join, table
 from skymoe.report.series import bits_per_byte, domains, mean, tail_mean
-from skymoe.report.verdict import Comparison, count, duration, fixed, pair, percent, scientific
+from skymoe.report.verdict import Comparison, fixed, pair, percent
 
 
 @dataclass(frozen=True)
@@ -100,32 +98,6 @@ def experts(material: Material, colors: dict[str, str], max_points: int) -> Sect
         return missing("experts", "Experts", "Neither expert similarity nor expert load was logged.")
     note = "" if any(maps for _, maps in heats) else "The load of the experts by domain was not measured in these runs."
     return Section("experts", "Experts", join([_key_of(drawn), *parts]), everything, note)
-
-
-def speed(material: Material, colors: dict[str, str], max_points: int) -> Section:
-    """Tokens per second and what share of the machine that is."""
-    chart = charts.speed_chart(material.runs, colors, max_points)
-    if chart is None:
-        return missing("speed", "Speed", "No training speed was logged.")
-    head = [
-        "run",
-        "tokens/s",
-        "MFU causal",
-        "MFU full",
-        "FLOPs/token",
-        "compute",
-        "parameters",
-        "active",
-        "tokens",
-        "time",
-    ]
-    rows = [(swatch(run.name, colors[run.name]), *_speed_row(run)) for run in material.runs]
-    text = (
-        "MFU: model FLOPs per second over the peak of the machine. “Causal” counts the half of attention that is "
-        "computed, “full” counts all of it."
-    )
-    body = join([figure(chart), table(head, rows, label="Training speed"), el("p", text, class_="small")])
-    return Section("speed", "Speed", body, (chart,))
 
 
 NO_MOE = "None of these runs trains a mixture of experts."
@@ -247,20 +219,3 @@ def _load_block(run: Run, maps: Sequence[Chart], named: bool) -> Html:
     head = el("figcaption", el("h3", title), el("p", caption))
     inside = el("div", *(heat_figure(chart) for chart in maps), class_="heats")
     return el("figure", el("div", head, scale, class_="head"), inside, class_="card")
-
-
-def _speed_row(run: Run) -> tuple[str, ...]:
-    train = run.train
-    last = {name: float(train[name][-1]) if len(train[name]) else None for name in ("tokens", "flops", "seconds")}
-    shares = [tail_mean(train[name], 1.0) for name in ("mfu_causal", "mfu_full")]
-    speeds = train["tokens_per_s"][np.isfinite(train["tokens_per_s"])]
-    return (
-        count(float(np.median(speeds)) if len(speeds) else None),
-        *("–" if share is None else f"{share * 100:.1f}\N{NARROW NO-BREAK SPACE}%" for share in shares),
-        count(run.header.get("flops_per_token")),
-        scientific(last["flops"]),
-        count(run.header.get("parameters")),
-        count(run.header.get("active_parameters")),
-        count(last["tokens"]),
-        duration(last["seconds"]),
-    )

@@ -117,6 +117,7 @@ def timeline_record(
         "layout": layout_fields(layout),
         "bubble": bubble_fraction(summarize(spans, span_s)),
         "stages": [_stage_fields(layout, times) for times in summarize(kept, max(span_s, _end(spans)))],
+        "num_passes": len(kept),
         "spans": _encode(kept),
         "planned_stages": [_stage_fields(layout, times) for times in summarize(kept_plan)],
         "planned_spans": _encode(kept_plan),
@@ -150,8 +151,8 @@ def _read(row: object) -> Span:
     if not isinstance(row, list) or len(row) != len(Span._fields):
         raise FormatError("a span is [stage, rank, kind, micro, start_s, end_s]")
     stage, rank, kind, micro, start, end = row
-    whole = all(isinstance(value, int) and not isinstance(value, bool) and value >= 0 for value in (stage, rank, micro))
-    timed = all(isinstance(value, int | float) and abs(value) < 1e9 for value in (start, end)) and start <= end
+    whole = all(type(value) is int and 0 <= value < 1e9 for value in (stage, rank, micro))
+    timed = all(type(value) in (int, float) and 0 <= value < 1e9 for value in (start, end)) and start <= end
     if not whole or not timed or kind not in get_args(PassKind):
         raise FormatError(f"this is no span: {str(row)[:80]}")
     return Span(stage, rank, kind, micro, float(start), float(end))

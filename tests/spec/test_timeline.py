@@ -5,38 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+from spec.schedules import one_f_one_b
 
 from skymoe.base.errors import FormatError
 from skymoe.spec.layout import Layout, ScheduleKind
 from skymoe.spec.split import Split
 from skymoe.spec.timeline import Span, bubble_fraction, read_spans, summarize, timeline_record
-
-
-def one_f_one_b(ranks: int, micros: int, forward: float = 1.0, backward: float = 2.0) -> list[Span]:
-    """1F1B with equal stages: each pass as soon as its input is there and its rank is free."""
-    ends: dict[tuple[str, int, int], float] = {}
-    orders = []
-    for rank in range(ranks):
-        warm = min(micros, ranks - rank)
-        order = [("F", micro) for micro in range(warm)]
-        for micro in range(micros):
-            order.append(("B", micro))
-            order += [("F", micro + warm)] if micro + warm < micros else []
-        orders.append(order)
-    free, spans = [0.0] * ranks, []
-    while any(orders):
-        for rank, order in enumerate(orders):
-            if not order:
-                continue
-            kind, micro = order[0]
-            source = ("F", rank - 1, micro) if kind == "F" else ("B", rank + 1, micro)
-            if 0 <= source[1] < ranks and source not in ends:
-                continue
-            start = max(free[rank], ends.get(source, 0.0))
-            free[rank] = ends[kind, rank, micro] = start + (forward if kind == "F" else backward)
-            spans.append(Span(rank, rank, kind, micro, start, free[rank]))  # type: ignore[arg-type]
-            order.pop(0)
-    return spans
 
 
 @pytest.mark.parametrize(("ranks", "micros"), [(1, 3), (2, 2), (3, 5), (4, 7)])
@@ -78,7 +52,7 @@ def test_a_replica_that_waits_shows():
 
 def test_the_record_goes_through_json_and_back():
     layout = Layout(pp=3, stages=Split((5, 5, 4)), recompute=(3, 1, 0))
-    spans, planned = one_f_one_b(3, 4), one_f_one_b(3, 4, backward=1.5)
+    spans, planned = one_f_one_b(3, 4), one_f_one_b(3, 4, lambda rank, kind, micro: 1.0 if kind == "F" else 1.5)
     record = json.loads(json.dumps(timeline_record(layout, spans, step=20, planned=planned)))
     assert (record["kind"], record["step"], record["world_size"]) == ("timeline", 20, 3)
     assert record["layout"]["split"] == [2.5, 2.5, 2.0] and record["layout"]["schedule"] == "1f1b"
