@@ -15,7 +15,9 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from skymoe.parallel.flat import Flat
-from skymoe.parallel.shards import Bucket, Portion
+from skymoe.parallel.shards import Bucket, FlatPlan, Portion
+
+_PART_CPU, _PART = 1 << 16, 1 << 24
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class ShardState:
         self.exp_avg_sq = torch.zeros(size, dtype=wide, device=device)
         self.master = torch.zeros(size, dtype=wide, device=device) if is_narrow else None
         self._calls = _calls(self.portions, groups)
+        self._counted = _counted_runs(flat.plan, self.portions)
         self.master_from_weights()
 
     def master_from_weights(self) -> None:
@@ -77,12 +80,11 @@ class ShardState:
 
     def squares(self) -> Tensor:
         """Sum of squares, fp64, of the gradients that this rank counts."""
-        plan, gradients = self._flat.plan, self._flat.gradients
-        counted = [gradients[plan.place(portion)] for portion in self.portions if plan.counts(portion)]
-        if not counted:
-            return torch.zeros((), dtype=torch.float64, device=gradients.device)
-        norms = torch._foreach_norm(counted, 2, dtype=torch.float64)
-        return torch.stack(list(norms)).square().sum()
+        gradients = self._flat.gradients
+        total = torch.zeros((), dtype=torch.float64, device=gradients.device)
+        for run in self._counted:
+            total += _squares(gradients[run])
+        return total
 
     def update(self, number: int, lr: float, scale: float | None) -> None:
         """Update this rank's shard of bucket `number`, its gradients first multiplied by `scale`."""
@@ -127,3 +129,23 @@ def _calls(portions: Sequence[Portion], groups: Sequence[GroupSettings]) -> dict
     for number, portion in enumerate(portions):
         found.setdefault(portion.bucket, {}).setdefault(groups[portion.index], []).append(number)
     return found
+
+
+def _counted_runs(plan: FlatPlan, portions: Sequence[Portion]) -> list[slice]:
+    """Ranges of the flat that this rank counts; neighbours are one range, as the padding between them is zero."""
+    runs: list[slice] = []
+    last = None
+    for portion in portions:
+        if plan.counts(portion):
+            place = plan.place(portion)
+            if last is not None and last + 1 == portion.index and plan.buckets[portion.bucket].own.start < place.start:
+                place = slice(runs.pop().start, place.stop)
+            runs.append(place)
+        last = portion.index if plan.counts(portion) else None
+    return runs
+
+
+def _squares(values: Tensor) -> Tensor:
+    """Sum of squares, fp64, in parts whose fp64 copy stays in the cache of a CPU."""
+    parts = values.split(_PART_CPU if values.device.type == "cpu" else _PART)
+    return torch.stack([torch.linalg.vector_norm(part, dtype=torch.float64).square() for part in parts]).sum()

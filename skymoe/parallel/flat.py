@@ -4,8 +4,9 @@ Autograd adds to a `.grad` that is there in place, and `Tensor.grad_dtype` lets 
 (bf16 weights whose gradients of many micro-batches are added up in fp32). So nothing is copied between a backward
 pass and the collective that sums it over ranks.
 
-On gloo the reduce-scatter is an all-reduce in place: gloo's own reduce-scatter is an all-reduce too, with a copy behind
-it (docs/zero.md has the times). Elsewhere it is in place as well: a rank's shard of the sum lies where it belongs.
+Everything travels in place, without a second buffer. On gloo a bucket is one reduction to, and one broadcast from, the
+owner of each shard: its own reduce-scatter is an all-reduce with a copy behind it, its all-gather copies too
+(docs/zero.md has the times). Elsewhere reduce-scatter and all-gather, in place: a shard lies where it belongs.
 """
 
 from __future__ import annotations
@@ -58,21 +59,25 @@ class Flat:
         if tp.handle is not None and self.plan.num_partial:
             dist.all_reduce(self.gradients[: self.plan.num_partial], group=tp.handle)
 
-    def reduce(self, bucket: Bucket, dp: Group) -> dist.Work | None:
+    def reduce(self, bucket: Bucket, dp: Group) -> list[dist.Work]:
         """Start the sum of a bucket over dp; only `bucket.own` of the gradients is defined afterwards."""
         if dp.handle is None or self.plan.num_shards == 1:
-            return None
+            return []
         whole = self.gradients[bucket.start : bucket.stop]
         if dist.get_backend(dp.handle) == "gloo":
-            return dist.all_reduce(whole, group=dp.handle, async_op=True)
-        return reduce_scatter_single(self.gradients[bucket.own], whole, group=dp.handle, async_op=True)
+            shards = zip(whole.chunk(dp.size), dp.ranks, strict=True)
+            return [dist.reduce(shard, owner, group=dp.handle, async_op=True) for shard, owner in shards]
+        return [reduce_scatter_single(self.gradients[bucket.own], whole, group=dp.handle, async_op=True)]
 
-    def gather(self, bucket: Bucket, dp: Group) -> dist.Work | None:
+    def gather(self, bucket: Bucket, dp: Group) -> list[dist.Work]:
         """Start to collect a bucket of weights from the ranks that updated its shards."""
         if dp.handle is None or self.plan.num_shards == 1:
-            return None
+            return []
         whole = self.weights[bucket.start : bucket.stop]
-        return all_gather_single(whole, self.weights[bucket.own], group=dp.handle, async_op=True)
+        if dist.get_backend(dp.handle) == "gloo":
+            shards = zip(whole.chunk(dp.size), dp.ranks, strict=True)
+            return [dist.broadcast(shard, owner, group=dp.handle, async_op=True) for shard, owner in shards]
+        return [all_gather_single(whole, self.weights[bucket.own], group=dp.handle, async_op=True)]
 
     def gradients_are_here(self) -> bool:
         """Whether every `.grad` is still the view it was; somebody who sets it to None or anew loses gradients."""

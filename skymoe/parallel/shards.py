@@ -25,7 +25,7 @@ from skymoe.weights.slices import Box, Slice, flat_boxes, intersect, shifted, to
 ALIGNMENT = 64
 """Elements; parameters and shards begin at multiples of it."""
 
-BUCKET_BYTES = 256 << 20
+BUCKET_BYTES = 64 << 20
 """Gradients that travel in one collective, at most: large enough for the network, small enough to finish in parts."""
 
 

@@ -99,8 +99,7 @@ class ZeroOptimizer:
             assert flat.gradients_are_here()
             flat.sum_partial(self._mesh.tp)
             for bucket in flat.plan.buckets:
-                if (work := flat.reduce(bucket, self._mesh.dp)) is not None:
-                    self._reducing.append(work)
+                self._reducing += flat.reduce(bucket, self._mesh.dp)
         if not self._overlap:
             self._wait_for_gradients()
 
@@ -192,8 +191,7 @@ class ZeroOptimizer:
         )
 
     def _gather(self, flat: Flat, bucket: Bucket) -> None:
-        if (work := flat.gather(bucket, self._mesh.dp)) is not None:
-            self._gathering.append((flat.plan.stages, work))
+        self._gathering += [(flat.plan.stages, work) for work in flat.gather(bucket, self._mesh.dp)]
 
     def _wait_for_gradients(self) -> None:
         for work in self._reducing:

@@ -47,11 +47,11 @@ def three_steps(sizes: dict[str, Any], *, overlap: bool, bucket_bytes: int) -> d
 
 
 def with_and_without_overlap(sizes: dict[str, Any]) -> dict[str, Tensor]:
-    """Many buckets that travel behind other work, and few that do not: the same bits."""
-    small = three_steps(sizes, overlap=True, bucket_bytes=4096)
-    whole = three_steps(sizes, overlap=False, bucket_bytes=1 << 20)
-    assert all(torch.equal(value, whole[name]) for name, value in small.items())
-    return whole
+    """Many buckets, which travel behind other work or do not: the same bits."""
+    behind = three_steps(sizes, overlap=True, bucket_bytes=4096)
+    waited = three_steps(sizes, overlap=False, bucket_bytes=4096)
+    assert all(torch.equal(value, waited[name]) for name, value in behind.items())
+    return behind
 
 
 def reference(copies: dict[str, nn.Parameter]) -> torch.optim.AdamW:

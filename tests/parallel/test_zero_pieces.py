@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from parallel.ranks import run_ranks
-from parallel.zero_world import World, box_index, slices_of, tied_names, zero_layout, zero_spec
+from parallel.zero_world import SETTINGS, World, box_index, group_of, slices_of, tied_names, zero_layout, zero_spec
 from safetensors.torch import load, save
-from torch import Tensor
+from torch import Tensor, nn
 
 from skymoe.base.errors import CheckpointError
 from skymoe.parallel.memory import zero_bytes
+from skymoe.parallel.mesh import single_mesh
 from skymoe.parallel.shards import ALIGNMENT, plan_flats
+from skymoe.parallel.zero import ZeroOptimizer
 from skymoe.spec.layout import DispatchMode, ExpertAxis, Layout, ScheduleKind
 from skymoe.spec.model import ModelSpec
 from skymoe.weights.names import parameter_shapes
@@ -126,14 +129,7 @@ def restore_and_tell(spec: ModelSpec, layout: Layout, weights: torch.dtype, whol
 
 
 @pytest.mark.parametrize(
-    ("one", "other", "weights"),
-    [
-        (0, 1, torch.float32),
-        (1, 2, torch.bfloat16),
-        (2, 3, torch.float32),
-        (3, 4, torch.bfloat16),
-        (4, 0, torch.bfloat16),
-    ],
+    ("one", "other", "weights"), [(1, 2, torch.bfloat16), (3, 4, torch.float32), (4, 0, torch.bfloat16)]
 )
 def test_saved_on_one_layout_restored_on_another(one: int, other: int, weights: torch.dtype) -> None:
     spec, before, after = zero_spec(), LAYOUTS[one], LAYOUTS[other]
@@ -174,7 +170,12 @@ def test_what_does_not_fit_is_refused(values: Tensor | None, told: str) -> None:
         world.zero.restore(lambda stem, name, box: values if name == "norm.weight" else saved[stem, name])
 
 
-def told_bytes(spec: ModelSpec, layout: Layout, weights: torch.dtype, gradients: torch.dtype) -> None:
+def told_bytes(spec: ModelSpec, layout: Layout) -> None:
+    for weights, gradients in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)):
+        hold_bytes(spec, layout, weights, gradients)
+
+
+def hold_bytes(spec: ModelSpec, layout: Layout, weights: torch.dtype, gradients: torch.dtype) -> None:
     world = World(spec, layout, weights=weights, gradients=gradients, bucket_bytes=3000)
     place = world.mesh.coordinate
     said = zero_bytes(
@@ -192,5 +193,24 @@ def told_bytes(spec: ModelSpec, layout: Layout, weights: torch.dtype, gradients:
 
 @pytest.mark.parametrize("layout", [LAYOUTS[0], LAYOUTS[2], LAYOUTS[4]], ids=["one", "etp", "interleaved"])
 def test_bytes_are_those_of_the_formula(layout: Layout) -> None:
-    for weights, gradients in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)):
-        run_ranks(layout.world_size, told_bytes, zero_spec(), layout, weights, gradients)
+    run_ranks(layout.world_size, told_bytes, zero_spec(), layout)
+
+
+def test_on_the_meta_device_it_has_sizes_only() -> None:
+    """A rank in the middle of a world that is not there, for the dry run."""
+    spec, layout = zero_spec(), zero_layout(2, 5, 3)
+    place = layout.coordinate(17)
+    owned = slices_of(spec, layout, place)
+    stages = {
+        stage: {
+            name: (nn.Parameter(torch.empty(item.shape, device="meta")), item)
+            for name, item in slices.items()
+            if not item.is_buffer
+        }
+        for stage, slices in owned.items()
+    }
+    mesh = replace(single_mesh(layout, torch.device("meta")), coordinate=place)
+    zero = ZeroOptimizer(stages, mesh, SETTINGS, group_of, tied=tied_names(spec), gradients=torch.bfloat16)
+    said = zero_bytes(owned, layout, place, tied=tied_names(spec), weight_bytes=4, gradient_bytes=2)
+    assert zero.allocated() == said and said.weights == 2 * said.gradients > 0
+    assert all(piece.tensor.is_meta for piece in zero.pieces())
