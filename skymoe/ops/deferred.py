@@ -6,7 +6,7 @@ returns the input's gradient and leaves a closure in a `DeferredWeights`. Whoeve
 of a micro-batch and runs them when it likes. They add to `.grad` of the weight, whatever that is: a view of a flat
 buffer, of a wider type than the weight, or nothing yet.
 
-Exact under activation checkpointing: what is saved goes through autograd, and closures arise only in the backward pass.
+Exact under activation checkpointing: inputs are saved through autograd, and closures arise only in the backward pass.
 torch's own way (two partial traversals of the graph) runs custom functions twice and cannot go through a checkpoint.
 """
 
@@ -62,14 +62,15 @@ def deferred_linear(x: Tensor, weight: Tensor, bias: Tensor | None, deferred: De
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, deferred: DeferredWeights) -> Tensor:
-        ctx.save_for_backward(x.to(matmul_dtype(x)), weight, bias)
-        ctx.deferred, ctx.dtype = deferred, x.dtype
+        ctx.save_for_backward(x.to(matmul_dtype(x)))
+        # Not saved through autograd: under a checkpoint a detached copy would come back, whose `.grad` nobody reads.
+        ctx.weight, ctx.bias, ctx.deferred, ctx.dtype = weight, bias, deferred, x.dtype
         return F.linear(x, weight, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, None, None, None]:
-        x, weight, bias = ctx.saved_tensors
+        (x,), weight, bias = ctx.saved_tensors, ctx.weight, ctx.bias
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = (grad @ weight.to(grad.dtype)).to(ctx.dtype)
@@ -105,14 +106,14 @@ class _Experts(torch.autograd.Function):
     def forward(
         ctx, x_RI: Tensor, weight_EOI: Tensor, offsets_E: Tensor, deferred: DeferredWeights, grouped: bool
     ) -> Tensor:
-        ctx.save_for_backward(x_RI, weight_EOI, offsets_E)
-        ctx.deferred, ctx.grouped = deferred, grouped
+        ctx.save_for_backward(x_RI, offsets_E)
+        ctx.weight, ctx.deferred, ctx.grouped = weight_EOI, deferred, grouped
         return _multiply(x_RI, weight_EOI.to(x_RI.dtype).mT, offsets_E, grouped)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_RO: Tensor) -> tuple[Tensor | None, None, None, None, None]:
-        x_RI, weight_EOI, offsets_E = ctx.saved_tensors
+        (x_RI, offsets_E), weight_EOI = ctx.saved_tensors, ctx.weight
         grad_RO, grouped = grad_RO.contiguous(), ctx.grouped
         grad_x_RI = None
         if ctx.needs_input_grad[0]:

@@ -48,12 +48,13 @@ def expert_swiglu(
         (R, D) in the dtype of the matmuls.
     """
     dtype = matmul_dtype(x_RD)
+    grouped = backend is ExpertsBackend.GROUPED and can_group(dtype, gate_up_EGD.shape[2], down_EDF.shape[2])
+    grouped = grouped and len(x_RD) > 0  # a rank may receive no row at all; grouped_mm refuses that
     if deferred is not None:
-        grouped = backend is ExpertsBackend.GROUPED and can_group(dtype, gate_up_EGD.shape[2], down_EDF.shape[2])
         h_RG = deferred_experts(x_RD.to(dtype), gate_up_EGD, offsets_E, deferred, grouped=grouped)
         return deferred_experts(swiglu(h_RG), down_EDF, offsets_E, deferred, grouped=grouped)
     x_RD, gate_up_EGD, down_EDF = x_RD.to(dtype), gate_up_EGD.to(dtype), down_EDF.to(dtype)
-    if backend is ExpertsBackend.GROUPED and can_group(dtype, gate_up_EGD.shape[2], down_EDF.shape[2]):
+    if grouped:
         h_RG = F.grouped_mm(x_RD, gate_up_EGD.transpose(1, 2), offs=offsets_E)
         return _DenseGradient.apply(F.grouped_mm(swiglu(h_RG), down_EDF.transpose(1, 2), offs=offsets_E))
     sizes = torch.diff(offsets_E, prepend=offsets_E.new_zeros(1)).tolist()

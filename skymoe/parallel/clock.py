@@ -1,7 +1,7 @@
-"""When a rank worked on what: start and end of every action of its stages, in each step.
+"""When a rank worked on what: start and end of every pass of its stages, in each step.
 
-Always on: two readings of the clock per action on a CPU, two recorded events on a GPU (they are read only when somebody
-asks). Time between actions is idle time, waiting for a neighbour included; collectives within a stage (tensor and
+Always on: two readings of the clock per pass on a CPU, two recorded events on a GPU (they are read only when somebody
+asks). Time between passes is idle time, waiting for a neighbour included; collectives within a stage (tensor and
 expert parallelism) count as work of the stage.
 """
 
@@ -11,23 +11,24 @@ from time import perf_counter
 
 import torch
 
-from skymoe.plan.timeline import Action, Kind, Timeline, in_order
+from skymoe.plan.timeline import Timeline
+from skymoe.spec.timeline import PassKind, Span
 
 Mark = float | torch.cuda.Event
 
 
 class Clock:
-    """The actions of the running, or of the last, step.
+    """The passes of the running, or of the last, step.
 
     Args:
-        stages: of this rank.
+        rank: in the world.
         device: whose time it is.
     """
 
-    def __init__(self, stages: tuple[int, ...], device: torch.device) -> None:
-        self.stages = stages
+    def __init__(self, rank: int, device: torch.device) -> None:
+        self.rank = rank
         self._cuda = device.type == "cuda"
-        self._marks: list[tuple[int, Kind, int, Mark, Mark]] = []
+        self._marks: list[tuple[int, PassKind, int, Mark, Mark]] = []
         self._begin: Mark = 0.0
         self._end: Mark = 0.0
 
@@ -48,22 +49,22 @@ class Clock:
         """The step is over, waiting included."""
         self._end = self.mark()
 
-    def add(self, stage: int, kind: Kind, micro: int, start: Mark) -> None:
-        """An action that began at `start` ends now."""
+    def add(self, stage: int, kind: PassKind, micro: int, start: Mark) -> None:
+        """A pass that began at `start` ends now."""
         self._marks.append((stage, kind, micro, start, self.mark()))
 
     def prolong(self) -> None:
-        """The action added last ends only now: the loss belongs to the forward pass of the last stage."""
+        """The pass added last ends only now: the loss belongs to the forward pass of the last stage."""
         stage, kind, micro, start, _ = self._marks[-1]
         self._marks[-1] = (stage, kind, micro, start, self.mark())
 
     def timeline(self) -> Timeline:
         """What this rank did in the last step, in seconds from its start. On a GPU it waits for the step to end."""
-        actions = [
-            Action(stage, kind, micro, self._seconds(start), self._seconds(end))
+        spans = [
+            Span(stage, self.rank, kind, micro, self._seconds(start), self._seconds(end))
             for stage, kind, micro, start, end in self._marks
         ]
-        return Timeline(in_order(actions), self._seconds(self._end), (self.stages,))
+        return Timeline.of(spans, self._seconds(self._end))
 
     def _seconds(self, mark: Mark) -> float:
         if isinstance(mark, float):

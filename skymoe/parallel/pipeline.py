@@ -5,7 +5,7 @@
 
 `forward(stage, x_ND, micro)` is the caller's: on stage 0 `x_ND` is None and the tokens come from the micro-batch, on
 the others it is what the stage before returned. Micro-batches are any objects; only `x_ND` travels, always as (rows, D)
-in `dtype`. Gradients are summed into `.grad` and scaled by nothing: the loss of a micro-batch has to be its share of the
+in `dtype`. Gradients are summed into `.grad` and not scaled: the loss of a micro-batch has to be its share of the
 loss of the step.
 
 torch.distributed.pipelining runs the schedule: 1f1b, interleaved, or zbv. Evaluation goes forward only and takes any
@@ -33,7 +33,6 @@ from skymoe.parallel.mesh import Mesh
 from skymoe.parallel.rounds import forward_rounds
 from skymoe.parallel.stage import Stage, StageHooks
 from skymoe.plan.orders import check_micro_batches
-from skymoe.plan.timeline import Kind
 from skymoe.spec.layout import ScheduleKind
 
 M = TypeVar("M")
@@ -84,7 +83,7 @@ class Pipeline(Generic[M]):
         self._mesh, self._num_micro = mesh, num_micro
         self._boundary = torch.empty(rows, hidden_size, dtype=dtype, device="meta", requires_grad=True)
         self._running = _Running[M]()
-        self.clock = Clock(tuple(stages), mesh.device)
+        self.clock = Clock(mesh.rank, mesh.device)
         self._hooks = {
             stage: StageHooks(before_stage, after_stage, self.clock, (deferred or {}).get(stage)) for stage in stages
         }
@@ -147,7 +146,7 @@ class Pipeline(Generic[M]):
                 start = self.clock.mark()
                 inputs[stage] = None if x_ND is None else x_ND.detach().requires_grad_()
                 outputs[stage] = x_ND = forward(stage, inputs[stage], micro)
-                self.clock.add(stage, Kind.FORWARD, number, start)
+                self.clock.add(stage, "F", number, start)
             assert x_ND is not None
             losses.append(loss(x_ND, micro))
             self.clock.prolong()
@@ -162,7 +161,7 @@ class Pipeline(Generic[M]):
             torch.autograd.backward(outputs.pop(stage), gradient)
             if hooks.deferred is not None:
                 hooks.deferred.take()()
-            self.clock.add(stage, Kind.BACKWARD, number, start)
+            self.clock.add(stage, "B", number, start)
             x_ND = inputs.pop(stage)
             gradient = None if x_ND is None else x_ND.grad
             if number == self._num_micro - 1:

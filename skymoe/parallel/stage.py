@@ -24,7 +24,6 @@ from torch.distributed.pipelining import PipelineStage
 
 from skymoe.ops.deferred import DeferredWeights
 from skymoe.parallel.clock import Clock
-from skymoe.plan.timeline import Kind
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ class Stage(PipelineStage):
         self._forwards += 1
         start = self._hooks.clock.mark()
         output = super().forward_one_chunk(fwd_chunk_id, args, kwargs, save_forward_output)
-        self._hooks.clock.add(self.stage_index, Kind.FORWARD, fwd_chunk_id, start)
+        self._hooks.clock.add(self.stage_index, "F", fwd_chunk_id, start)
         _release(self.args_recv_info[fwd_chunk_id])
         return output
 
@@ -106,8 +105,7 @@ class Stage(PipelineStage):
         """Backward of one micro-batch: whole, or towards its input only."""
         start = self._hooks.clock.mark()
         super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
-        kind = Kind.BACKWARD if full_backward else Kind.BACKWARD_INPUT
-        self._hooks.clock.add(self.stage_index, kind, bwd_chunk_id, start)
+        self._hooks.clock.add(self.stage_index, "B" if full_backward else "I", bwd_chunk_id, start)
         if not self.is_last:
             _release(self.grad_recv_info[bwd_chunk_id])
         if full_backward:
@@ -119,7 +117,7 @@ class Stage(PipelineStage):
         """The weight gradients that were put off."""
         start = self._hooks.clock.mark()
         super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
-        self._hooks.clock.add(self.stage_index, Kind.BACKWARD_WEIGHT, bwd_chunk_id, start)
+        self._hooks.clock.add(self.stage_index, "W", bwd_chunk_id, start)
         self._count()
         if self._complete:
             self._hooks.after(self.stage_index)

@@ -1,85 +1,61 @@
-"""Timeline: what each stage of a pipeline does when. The same data whether it was simulated or measured, so that the
-two can be laid beside each other.
+"""Timeline: what the ranks of a pipeline do when, in one step. Simulated or measured, it is the same data (the spans of
+`spec/timeline.py`), so that the two can be laid beside each other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import NamedTuple
 
-
-class Kind(StrEnum):
-    """A piece of work on one micro-batch: forward, backward (whole, or only towards the input), weight gradients."""
-
-    FORWARD = "F"
-    BACKWARD = "B"
-    BACKWARD_INPUT = "I"
-    BACKWARD_WEIGHT = "W"
+from skymoe.spec.layout import Coordinate, Layout
+from skymoe.spec.timeline import PassKind, Span, StageTimes, bubble_fraction, summarize
 
 
 class Task(NamedTuple):
-    """A piece of work, not yet placed in time."""
+    """A pass that is not placed in time yet."""
 
     stage: int
-    kind: Kind
+    kind: PassKind
     micro: int
-
-
-class Action(NamedTuple):
-    """A piece of work and when it ran, in seconds from the start of the step."""
-
-    stage: int
-    kind: Kind
-    micro: int
-    start_s: float
-    end_s: float
 
 
 @dataclass(frozen=True)
 class Timeline:
-    """One step of a pipeline, or the part of it that one rank has seen.
+    """One step, or the part of it that one rank has seen.
 
     Attributes:
-        actions: in the order in which they started.
-        span_s: from the start of the step to the end of it, on the slowest rank.
-        ranks: the stages of each rank in it. A rank is idle when none of its stages works; waiting for a neighbour is
-            idle time.
+        spans: in the order in which they started.
+        span_s: from the start of the step to its end.
     """
 
-    actions: tuple[Action, ...]
+    spans: tuple[Span, ...]
     span_s: float
-    ranks: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, spans: Iterable[Span], span_s: float) -> Timeline:
+        """With the spans put in order."""
+        return cls(tuple(sorted(spans, key=lambda span: (span.start_s, span.stage, span.end_s))), span_s)
 
     @property
-    def busy_s(self) -> Mapping[int, float]:
-        """Seconds of work per stage."""
-        busy = {stage: 0.0 for stages in self.ranks for stage in stages}
-        for action in self.actions:
-            busy[action.stage] += action.end_s - action.start_s
-        return busy
-
-    @property
-    def idle_s(self) -> tuple[float, ...]:
-        """Seconds without work per rank."""
-        busy = self.busy_s
-        return tuple(self.span_s - sum(busy[stage] for stage in stages) for stages in self.ranks)
+    def times(self) -> dict[int, StageTimes]:
+        """Busy and idle seconds of each stage."""
+        return {times.stage: times for times in summarize(self.spans, self.span_s)}
 
     @property
     def bubble(self) -> float:
         """Idle part of all ranks' time."""
-        whole = self.span_s * len(self.ranks)
-        return sum(self.idle_s) / whole if whole else 0.0
+        return bubble_fraction(list(self.times.values()))
 
-    def period_s(self, stage: int, kind: Kind = Kind.FORWARD) -> float:
+    def period_s(self, stage: int, kind: PassKind = "F") -> float:
         """Seconds between micro-batches in the middle of the step, as `stage` starts them."""
-        starts = [action.start_s for action in self.actions if action.stage == stage and action.kind is kind]
+        starts = [span.start_s for span in self.spans if span.stage == stage and span.kind == kind]
         third = len(starts) // 3
         middle = starts[third : len(starts) - third]
         return (middle[-1] - middle[0]) / (len(middle) - 1) if len(middle) > 1 else 0.0
 
-
-def in_order(actions: Iterable[Action]) -> tuple[Action, ...]:
-    """By start, then by stage."""
-    return tuple(sorted(actions, key=lambda action: (action.start_s, action.stage, action.end_s)))
+    def on(self, layout: Layout) -> Timeline:
+        """The same on the ranks of a world: a simulated rank is the first one (dp 0, tp 0) of its stage."""
+        return Timeline(
+            tuple(span._replace(rank=layout.rank(Coordinate(span.rank, 0, 0))) for span in self.spans), self.span_s
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,13 +12,14 @@ import torch.nn.functional as F
 from parallel.ranks import run_ranks
 from torch import Tensor, nn
 
+from skymoe.base.errors import ConfigError, TrainingError
 from skymoe.model.linear import Linear
 from skymoe.parallel.attach import attach
 from skymoe.parallel.deferred import DeferredWeights, defer_weights
 from skymoe.parallel.mesh import Mesh, build_mesh, single_mesh
 from skymoe.parallel.pipeline import Pipeline
-from skymoe.plan.timeline import Kind
-from skymoe.spec.layout import Layout, ScheduleKind
+from skymoe.plan.orders import order_of
+from skymoe.spec.layout import Coordinate, Layout, ScheduleKind
 from skymoe.spec.split import Split
 
 ROWS, SIZE, INPUTS = 5, 8, 3
@@ -129,7 +131,7 @@ def run_pipeline(layout: Layout, mesh: Mesh, num_micro: int) -> dict[str, Any]:
         "first": first, "losses": losses, "evaluated": evaluated, "few": few, "calls": dict(stages.calls),
         "gradients": {name: p.grad for name, p in stages.net.named_parameters() if p.grad is not None},
         "events": after_one, "events_in_all": len(events),
-        "actions": list(pipeline.clock.timeline().actions), "stages": layout.stages_of(mesh.coordinate.pp),
+        "timeline": pipeline.clock.timeline(), "stages": layout.stages_of(mesh.coordinate.pp),
     }  # fmt: skip
 
 
@@ -151,17 +153,17 @@ def check(layout: Layout, num_micro: int, results: list[dict[str, Any]]) -> None
 
 
 def check_events(layout: Layout, num_micro: int, result: dict[str, Any]) -> None:
-    events, actions = result["events"], result["actions"]
+    events, actions = result["events"], result["timeline"].spans
     stages = result["stages"]
     assert sorted(events) == sorted((what, stage) for what in ("before", "after") for stage in stages)
     assert result["events_in_all"] == 2 * len(events)
     first = [stage for what, stage in events if what == "before"]
     assert first == sorted(first), "stages start in the order of the model"
     splits = layout.schedule is ZBV and layout.pp > 1
-    backwards = (Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT) if splits else (Kind.BACKWARD,)
-    expected = {(s, kind, m) for s in stages for kind in (Kind.FORWARD, *backwards) for m in range(num_micro)}
-    assert {action[:3] for action in actions} == expected and len(actions) == len(expected)
-    last = {stage: max(a.start_s for a in actions if a.stage == stage and a.kind is backwards[-1]) for stage in stages}
+    backwards = ("I", "W") if splits else ("B",)
+    expected = {(s, kind, m) for s in stages for kind in ("F", *backwards) for m in range(num_micro)}
+    assert {(a.stage, a.kind, a.micro) for a in actions} == expected and len(actions) == len(expected)
+    last = {stage: max(a.start_s for a in actions if a.stage == stage and a.kind == backwards[-1]) for stage in stages}
     assert [stage for what, stage in events if what == "after"] == sorted(stages, key=lambda stage: last[stage])
 
 
@@ -194,3 +196,57 @@ def test_equals_one_process(pp: int, sizes: list[int], schedule: ScheduleKind, n
 def test_one_rank_has_no_process_group(sizes: list[int], schedule: ScheduleKind) -> None:
     layout = layout_of(1, sizes, schedule)
     check(layout, 3, [run_pipeline(layout, single_mesh(layout, torch.device("cpu")), 3)])
+
+
+@pytest.mark.parametrize("case", [0, 5, 8], ids=["1f1b", "interleaved", "zbv"])
+def test_ranks_work_in_the_order_of_the_plan(case: int) -> None:
+    """What the clock has seen on every rank is the order that the simulator replays, and its times are causal."""
+    pp, sizes, schedule, num_micro = CASES[case]
+    layout = layout_of(pp, sizes, schedule)
+    timelines = [result["timeline"] for result in run_ranks(pp, pipeline_rank, layout, num_micro)]
+    for tasks, timeline in zip(order_of(layout, num_micro), timelines, strict=True):
+        assert [(span.stage, span.kind, span.micro) for span in timeline.spans] == list(tasks)
+        assert all(a.end_s <= b.start_s for a, b in zip(timeline.spans, timeline.spans[1:], strict=False))
+        assert timeline.spans[-1].end_s <= timeline.span_s
+        assert 0 < timeline.bubble < 1
+    assert [timeline.spans[0].rank for timeline in timelines] == list(range(pp))
+
+
+def fault_rank(layout: Layout) -> list[str]:
+    """What reaches the caller on rank 0 when its own code raises; each time a moment when nobody waits for it."""
+    mesh, seen = build_mesh(layout, torch.device("cpu")), []
+    stages, failing = Stages(Net(layout.stages.num_units), layout), ""
+
+    def fail_at(where: str, stage: int) -> None:
+        if where == failing and stage == 0:
+            raise TrainingError(f"in {where}")
+
+    def forward(stage: int, x_ND: Tensor | None, micro: dict[str, Any]) -> Tensor:
+        fail_at("forward", stage)
+        return stages.forward(stage, x_ND, micro)
+
+    pipeline: Pipeline = Pipeline(
+        layout.stages_of(mesh.coordinate.pp), mesh, num_micro=4, rows=ROWS, hidden_size=SIZE, dtype=torch.float64,
+        before_stage=partial(fail_at, "before"), after_stage=partial(fail_at, "after"),
+    )  # fmt: skip
+    for failing in ("", "after", "before", "forward"):
+        if mesh.rank == 1 and failing in ("before", "forward"):
+            continue  # rank 0 raises before it sends anything
+        try:
+            pipeline.train(make_micros(4), forward, stages.loss)
+        except TrainingError as error:
+            seen.append(error.what)
+    return seen
+
+
+@pytest.mark.parametrize(("sizes", "schedule"), [([1, 1], ONE), ([1, 1, 1, 1], INTERLEAVED)])
+def test_what_the_caller_raises_comes_out_as_it_was(sizes: list[int], schedule: ScheduleKind) -> None:
+    layout = layout_of(2, sizes, schedule)
+    assert run_ranks(2, fault_rank, layout) == [["in after", "in before", "in forward"], []]
+
+
+def test_a_wrong_number_of_micro_batches_is_refused() -> None:
+    layout = layout_of(3, [1, 1, 1], ONE)
+    mesh = replace(single_mesh(layout, torch.device("cpu")), coordinate=Coordinate(1, 0, 0))
+    with pytest.raises(ConfigError, match="at least 3 micro-batches"):
+        Pipeline((1,), mesh, num_micro=2, rows=ROWS, hidden_size=SIZE, dtype=torch.float64)
