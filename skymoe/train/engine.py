@@ -15,15 +15,20 @@ import torch
 from torch import Tensor
 
 from skymoe.base.errors import CheckpointError
-from skymoe.model.save import save_pretrained
 from skymoe.model.transformer import Transformer
 from skymoe.ops.balance import RouterMetrics, router_metrics
+from skymoe.parallel.async_save import AsyncSaver
+from skymoe.parallel.mesh import single_mesh
+from skymoe.plan.timeline import Timeline
+from skymoe.spec.layout import Layout
 from skymoe.spec.model import ModelSpec
+from skymoe.spec.split import Split
 from skymoe.train.batches import StepBatch
 from skymoe.train.evaluate import Held, evaluate
 from skymoe.train.objective import Objective, StepSums, accumulate_gradients, moe_modules
 from skymoe.train.optim import Optimizer
-from skymoe.weights.generation import Generation, save_generation
+from skymoe.weights.generation import Generation, latest_generation, save_generation
+from skymoe.weights.pieces import whole_pieces
 
 
 class StepOptimizer(Protocol):
@@ -75,24 +80,52 @@ class Engine(Protocol):
         """Names of parameters that hold NaN or infinity."""
         ...
 
-    def save(self, root: Path, step: int, document: Mapping[str, Any], keep: int) -> Path:
-        """Publish a generation of weights, optimizer and `document`."""
+    def save(self, root: Path, step: int, document: Mapping[str, Any], keep: int) -> Path | None:
+        """Publish a generation of weights, optimizer and `document`; None when it is only begun, to be published later.
+
+        Raises:
+            MachineError: of this save, or of the one before that was begun.
+        """
+        ...
+
+    def poll(self) -> Path | None:
+        """At a step boundary: the generation that was begun and is now published. Raises as `save`."""
+        ...
+
+    def finish(self) -> Path | None:
+        """Wait for what was begun. Raises as `save`."""
+        ...
+
+    def latest(self, root: Path) -> Generation | None:
+        """The newest intact generation under `root`, the same on all ranks."""
+        ...
+
+    def any_of(self, flag: bool) -> bool:
+        """Whether `flag` is set on any rank."""
         ...
 
     def restore(self, generation: Generation) -> None:
         """Put a generation's weights and optimizer state in place. Raises CheckpointError: of another model."""
         ...
 
-    def export(self, out: Path, tokenizer_from: Path | None) -> None:
-        """Write the model as a Hugging Face directory."""
+    def timeline(self) -> Timeline | None:
+        """What all ranks did in the last step, on rank 0; None elsewhere, and where nobody waits for anybody."""
+        ...
+
+    def busy(self) -> dict[str, float]:
+        """Seconds of this rank's work in the last step, by kind."""
         ...
 
 
 class SingleEngine:
     """One process has it all."""
 
-    def __init__(self, model: Transformer, optimizer: Optimizer, device: torch.device) -> None:
+    def __init__(
+        self, model: Transformer, optimizer: Optimizer, device: torch.device, *, asynchronous: bool = False
+    ) -> None:
         self.model, self.optimizer, self._device = model, optimizer, device
+        self._asynchronous = asynchronous
+        self._saver: AsyncSaver | None = None
 
     @property
     def spec(self) -> ModelSpec:
@@ -114,28 +147,44 @@ class SingleEngine:
     def non_finite(self) -> list[str]:
         return [name for name, parameter in self.model.named_parameters() if not bool(parameter.isfinite().all())]
 
-    def save(self, root: Path, step: int, document: Mapping[str, Any], keep: int) -> Path:
-        return save_generation(
-            root,
-            step,
-            tensors={
-                "model": {name: tensor.detach() for name, tensor in self.model.state_dict().items()},
-                "optimizer": self.optimizer.tensors(),
-                "rng": rng_states(),
-            },
-            documents={"state": document},
-            layout={"world_size": 1},
-            keep=keep,
-        )
+    def save(self, root: Path, step: int, document: Mapping[str, Any], keep: int) -> Path | None:
+        tensors = {
+            "model": {name: tensor.detach() for name, tensor in self.model.state_dict().items()},
+            "optimizer": self.optimizer.tensors(),
+            "rng": rng_states(),
+        }
+        documents, layout = {"state": document}, {"world_size": 1}
+        if not self._asynchronous:
+            return save_generation(root, step, tensors=tensors, documents=documents, layout=layout, keep=keep)
+        if self._saver is None:
+            self._saver = AsyncSaver(root, single_mesh(Layout(stages=Split((0,))), self._device), keep=keep)
+        self._saver.save(step, whole_pieces(tensors), documents, layout)
+        return None
+
+    def poll(self) -> Path | None:
+        return self._saver.poll() if self._saver else None
+
+    def finish(self) -> Path | None:
+        return self._saver.flush() if self._saver else None
+
+    def latest(self, root: Path) -> Generation | None:
+        return latest_generation(root)
+
+    def any_of(self, flag: bool) -> bool:
+        return flag
+
+    def timeline(self) -> Timeline | None:
+        return None
+
+    def busy(self) -> dict[str, float]:
+        return {}
 
     @torch.no_grad()
     def restore(self, generation: Generation) -> None:
         _restore_model(self.model, generation.tensors("model"), generation.path)
-        self.optimizer.restore(generation.tensors("optimizer"))
+        state = generation.tensors("optimizer")  # many ranks keep a wider copy of narrow weights; one process does not
+        self.optimizer.restore({name: tensor for name, tensor in state.items() if not name.endswith("/master")})
         restore_rng(generation.tensors("rng"))
-
-    def export(self, out: Path, tokenizer_from: Path | None) -> None:
-        save_pretrained(self.model, out, tokenizer_from=tokenizer_from, overwrite=True)
 
 
 def _restore_model(model: Transformer, tensors: Mapping[str, Tensor], where: Path) -> None:

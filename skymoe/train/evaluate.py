@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from skymoe.data.evaluation import EvaluationWindows
-from skymoe.data.packing import IGNORE
+from skymoe.data.packing import IGNORE, Batch
 from skymoe.model.transformer import Transformer
 from skymoe.ops.loss import linear_cross_entropy
 from skymoe.ops.similarity import expert_similarity
@@ -45,6 +45,12 @@ class Held:
     byte_lengths_V: npt.NDArray[np.integer[Any]] | None
     batch: int
     isolate_documents: bool
+
+    def bytes_of(self, rows: Batch) -> int:
+        """Bytes of the scored tokens of `rows`; 0 without a tokenizer."""
+        if self.byte_lengths_V is None:
+            return 0
+        return int(self.byte_lengths_V[rows.targets_BT[rows.targets_BT != IGNORE]].sum(dtype=np.int64))
 
 
 @dataclass
@@ -77,11 +83,19 @@ class DomainSums:
 @torch.no_grad()
 def evaluate(model: Transformer, held: Held, *, compute: torch.dtype | None, device: torch.device) -> dict[str, Any]:
     """The fields of an `eval` line: loss, bits_per_byte, expert_load per domain, expert_similarity per MoE layer."""
-    sums = {}
-    load: dict[str, list[list[float]]] = {}
-    for domain, windows in held.domains.items():
-        sums[domain], counts_LE = _evaluate_domain(model, windows, held, compute, device)
-        load[domain] = [(counts_E / counts_E.sum().clamp_min(1)).tolist() for counts_E in counts_LE]
+    found = {
+        domain: _evaluate_domain(model, windows, held, compute, device) for domain, windows in held.domains.items()
+    }
+    return figures(found, layer_similarities(model))
+
+
+def figures(found: Mapping[str, tuple[DomainSums, list[Tensor]]], similarities: list[float]) -> dict[str, Any]:
+    """The fields of an `eval` line, from each domain's sums and counts per layer and expert."""
+    sums = {domain: domain_sums for domain, (domain_sums, _) in found.items()}
+    load = {
+        domain: [(counts_E / counts_E.sum().clamp_min(1)).tolist() for counts_E in counts_LE]
+        for domain, (_, counts_LE) in found.items()
+    }
     everything = DomainSums()
     for domain_sums in sums.values():
         everything.add(domain_sums)
@@ -89,8 +103,8 @@ def evaluate(model: Transformer, held: Held, *, compute: torch.dtype | None, dev
     return {
         "loss": {name: part.nats_per_token for name, part in sums.items()},
         "bits_per_byte": {name: part.bits_per_byte for name, part in sums.items() if part.bytes},
-        "expert_load": load if model.spec.moe else {},
-        "expert_similarity": layer_similarities(model),
+        "expert_load": load if similarities else {},
+        "expert_similarity": similarities,
     }
 
 
@@ -111,9 +125,7 @@ def _evaluate_domain(
             loss, num_targets = linear_cross_entropy(out.hidden_BTD, model.head_weight, micro.targets_BT)
         sums.loss += float(loss)
         sums.targets += int(num_targets)
-        if held.byte_lengths_V is not None:
-            scored = rows.targets_BT[rows.targets_BT != IGNORE]
-            sums.bytes += int(held.byte_lengths_V[scored].sum(dtype=np.int64))
+        sums.bytes += held.bytes_of(rows)
         for layer, routing in enumerate(out.routings):
             counts_LE[layer] = routing.counts_E + counts_LE[layer] if counts_LE[layer].numel() else routing.counts_E
     return sums, counts_LE

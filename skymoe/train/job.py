@@ -9,6 +9,9 @@ from typing import Any
 import torch
 
 from skymoe.data.sampler import Mixture
+from skymoe.parallel.heartbeat import Heartbeat
+from skymoe.parallel.mesh import Mesh
+from skymoe.parallel.stragglers import StepTimes
 from skymoe.train.config import TrainConfig
 from skymoe.train.evaluate import Held
 from skymoe.train.metrics import MetricsLog
@@ -33,6 +36,9 @@ class Job:
         metrics, trackers: where figures go.
         identity: recipe, model and data as plain data, kept in every generation.
         resumed_from: the step at which this call began, None for a fresh run.
+        heart: told of what this rank is doing.
+        mesh: where this rank stands; None on one process.
+        times: exchanges busy seconds between ranks; None on one process.
     """
 
     config: TrainConfig
@@ -46,6 +52,18 @@ class Job:
     trackers: Trackers
     identity: dict[str, Any]
     resumed_from: int | None
+    heart: Heartbeat
+    mesh: Mesh | None = None
+    times: StepTimes | None = None
+
+    @property
+    def is_chief(self) -> bool:
+        """Whether this rank writes the record of the run."""
+        return self.mesh is None or self.mesh.rank == 0
+
+    def phase(self, name: str, *, waits: bool = False) -> None:
+        """This rank turns to `name`; `waits` where others decide when it ends."""
+        self.heart.phase(name, self.state.counters.step, waits=waits)
 
     @property
     def checkpoints(self) -> Path:

@@ -8,6 +8,8 @@ only what comes after.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 from skymoe.base.errors import CheckpointError, MachineError
 from skymoe.base.log import logger
@@ -16,11 +18,11 @@ from skymoe.train.batches import StepBatch, read_step
 from skymoe.train.guard import Action, stop_reason
 from skymoe.train.job import Job
 from skymoe.train.lines import event_fields, progress_fields, train_line
+from skymoe.train.ranks_watch import watch_ranks
 from skymoe.train.schedule import learning_rate
 from skymoe.train.signals import StopRequest
 from skymoe.train.state import Window, restore_state, save_state
 from skymoe.train.step import StepResult, train_step
-from skymoe.weights.generation import latest_generation
 
 
 def train(job: Job, stop: StopRequest) -> None:
@@ -31,11 +33,14 @@ def train(job: Job, stop: StopRequest) -> None:
     left = config.steps - state.counters.step
     saved_step = state.counters.step
     with progress("train", total=left, unit="step") as bar:
-        while state.counters.step < config.steps and not stop:
+        while state.counters.step < config.steps and not state.engine.any_of(bool(stop)):
             if _settle(job, _take_step(job), bar):
                 saved_step = _do_what_is_due(job) or saved_step
+            _publish(job, state.engine.poll)
     if state.counters.step != saved_step:  # a signal, between two saves
         save(job)
+    job.phase("save")
+    _publish(job, state.engine.finish)
 
 
 def save(job: Job) -> bool:
@@ -44,22 +49,32 @@ def save(job: Job) -> bool:
     A failure to write is a warning or the end of the run, as the recipe says; older generations stay whole. Returns
     whether there is a new one.
     """
-    began = time.perf_counter()
+    began, keep = time.perf_counter(), job.config.checkpoint.keep
+    job.phase("save")
     job.metrics.flush()
     if bad := job.state.engine.non_finite():
         logger.warning("step %d: not saved, not finite: %s", job.state.counters.step, ", ".join(bad[:5]))
         job.event("save_refused", not_finite=bad[:5])
         return False
+    if not _publish(job, lambda: save_state(job.state, job.checkpoints, identity=job.identity, keep=keep), began):
+        return False
+    job.state.guard.rollbacks = 0
+    return True
+
+
+def _publish(job: Job, action: Callable[[], Path | None], began: float | None = None) -> bool:
+    """Save, or look after a save that was begun; tells what was published. Returns False when it failed."""
     try:
-        path = save_state(job.state, job.checkpoints, identity=job.identity, keep=job.config.checkpoint.keep)
+        path = action()
     except (MachineError, OSError) as error:
         if job.config.checkpoint.on_save_error == "abort":
             raise
         logger.warning("the checkpoint of step %d was not saved, training goes on: %s", job.state.counters.step, error)
         job.event("save_failed", error=str(error))
         return False
-    job.state.guard.rollbacks = 0
-    job.event("save", generation=path.name, seconds=time.perf_counter() - began)
+    if path is not None:
+        seconds = {} if began is None else {"seconds": time.perf_counter() - began}
+        job.event("save", generation=path.name, **seconds)
     return True
 
 
@@ -74,13 +89,18 @@ def _before_the_first_step(job: Job) -> None:
 def _take_step(job: Job) -> tuple[StepBatch, StepResult, float]:
     config, counters = job.config, job.state.counters
     start = time.perf_counter()
+    job.phase("read data")
+    layout, place = (job.mesh.layout, job.mesh.coordinate) if job.mesh else (None, None)
+    replicas = layout.dp if layout else 1
     batch = read_step(
         job.mixture,
         counters.next_sample,
         config.batch.sequences,
-        micro_sequences=config.batch.micro_sequences or config.batch.sequences,
+        micro_sequences=config.batch.micro_sequences or config.batch.sequences // replicas,
         device=job.device,
+        replica=(place.dp if place else 0, replicas),
     )
+    job.phase("train")
     lr = learning_rate(counters.step, config.steps, lr=config.optimizer.lr, schedule=config.schedule)
     result = train_step(job.state, batch, lr=lr, objective=job.objective, balance=config.balance)
     seconds = time.perf_counter() - start
@@ -109,8 +129,10 @@ def _settle(job: Job, taken: tuple[StepBatch, StepResult, float], bar: Progress)
     if counters.step % config.log.every and counters.step < config.steps:
         bar.advance()
         return True
+    job.phase("log", waits=True)
     line = train_line(job, result, lr)
     job.record(line)
+    watch_ranks(job)
     counters.window = Window()
     bar.advance(**progress_fields(line))
     return True
@@ -137,7 +159,8 @@ def _refuse(job: Job, result: StepResult, bar: Progress) -> bool:
 def _roll_back(job: Job, result: StepResult) -> int:
     """Return to the last generation, past the data of the bad step. Returns the steps done, less those undone."""
     state, bad = job.state, job.state.counters
-    generation = latest_generation(job.checkpoints)
+    state.engine.finish()
+    generation = state.engine.latest(job.checkpoints)
     if generation is None:
         raise CheckpointError("there is no whole generation to roll back to", where=job.checkpoints)
     guard = state.guard.state()
@@ -162,6 +185,7 @@ def _do_what_is_due(job: Job) -> int | None:
 
 def _evaluate(job: Job) -> None:
     counters = job.state.counters
+    job.phase("evaluate")
     figures = job.state.engine.evaluate(job.held, job.objective.compute)
     job.state.evaluation = figures
     job.record({"kind": "eval", "step": counters.step, "tokens": counters.tokens, "flops": counters.flops, **figures})

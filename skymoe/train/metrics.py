@@ -72,6 +72,25 @@ class MetricsLog:
             logger.warning("%s: cannot write metrics, they wait in memory: %s", self.path, error)
 
 
+class NoMetrics(MetricsLog):
+    """What ranks other than the first have: they know the same figures, and write none."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def write(self, line: dict[str, Any]) -> None:
+        pass
+
+    def flush(self) -> None:
+        pass
+
+    def truncate_after(self, step: int) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All whole lines; a line cut by a crash can only be the last one and is left out."""
     if not path.exists():

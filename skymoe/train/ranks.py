@@ -2,31 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from skymoe.base.errors import ConfigError
+from skymoe.base.errors import CheckpointError, ConfigError
 from skymoe.ops.balance import RouterMetrics
 from skymoe.ops.deferred import DeferredWeights
 from skymoe.parallel.adamw import AdamWSettings, GroupSettings
+from skymoe.parallel.agree import agree, any_of
+from skymoe.parallel.async_save import AsyncSaver
+from skymoe.parallel.checkpoint import latest_generation_distributed, save_generation_distributed
 from skymoe.parallel.deferred import defer_weights
 from skymoe.parallel.mesh import Mesh
 from skymoe.parallel.options import PartOptions
 from skymoe.parallel.part import Part
 from skymoe.parallel.pipeline import Pipeline
 from skymoe.parallel.spread import build_parts, initialize_parts, load_parts
+from skymoe.parallel.timelines import whole_timeline
 from skymoe.parallel.zero import ZeroOptimizer
+from skymoe.plan.timeline import Timeline
 from skymoe.spec.layout import Layout, ScheduleKind
 from skymoe.spec.model import ModelSpec
 from skymoe.train.batches import MicroBatch, StepBatch
 from skymoe.train.config import BatchConfig, OptimizerConfig, TrainConfig
 from skymoe.train.division import Division
+from skymoe.train.engine import restore_rng, rng_states
+from skymoe.train.evaluate import Held
+from skymoe.train.evaluate_ranks import evaluate_on_ranks
 from skymoe.train.objective import Objective, StepSums
 from skymoe.train.passes import Pass, gate_figures, gradients
 from skymoe.weights.buffers import torch_dtype
+from skymoe.weights.division import layout_document
+from skymoe.weights.generation import Generation
+from skymoe.weights.names import parameter_shapes
+from skymoe.weights.pieces import SavedPiece, whole_pieces
+from skymoe.weights.sliced import SlicedGeneration
 
 
 class RanksEngine:
@@ -69,6 +84,8 @@ class RanksEngine:
             after_stage=self.optimizer.reduce,
             deferred=deferred,
         )
+        self._asynchronous = config.checkpoint.asynchronous
+        self._saver: AsyncSaver | None = None
         self._last: Pass | None = None
 
     @property
@@ -93,6 +110,76 @@ class RanksEngine:
         index = self.division.moe_index
         routers = {index[layer]: router for part in self.parts.values() for layer, router in part.routers().items()}
         return {place: router.expert_bias for place, router in routers.items() if router.expert_bias is not None}
+
+    def evaluate(self, held: Held, compute: torch.dtype | None) -> dict[str, Any]:
+        self.optimizer.settle()
+        return evaluate_on_ranks(self.division, self.pipeline, held, compute)
+
+    def non_finite(self) -> list[str]:
+        self.optimizer.settle()
+        named = [named for part in self.parts.values() for named in part.named_parameters()]
+        bad = [name for name, parameter in named if not bool(parameter.isfinite().all())]
+        reason = agree(not bad, ", ".join(bad[:5]), self.mesh.world, self.mesh.device)
+        return [] if reason is None else reason.split(", ")
+
+    def save(self, root: Path, step: int, document: Mapping[str, Any], keep: int) -> Path | None:
+        self.optimizer.settle()
+        documents, layout = {"state": document}, layout_document(self.mesh.layout)
+        if not self._asynchronous:
+            return save_generation_distributed(root, step, self._pieces(), documents, self.mesh, layout, keep)
+        if self._saver is None:
+            self._saver = AsyncSaver(root, self.mesh, keep=keep)
+        self._saver.save(step, self._pieces(), documents, layout)
+        return None
+
+    def poll(self) -> Path | None:
+        return self._saver.poll() if self._saver else None
+
+    def finish(self) -> Path | None:
+        return self._saver.flush() if self._saver else None
+
+    def latest(self, root: Path) -> Generation | None:
+        return latest_generation_distributed(root, self.mesh)
+
+    def any_of(self, flag: bool) -> bool:
+        return any_of(flag, self.mesh.world, self.mesh.device)
+
+    @torch.no_grad()
+    def restore(self, generation: Generation) -> None:
+        sliced = SlicedGeneration(generation)
+        if differing := sorted(parameter_shapes(self.spec).keys() ^ sliced.names("model").keys()):
+            why = f"tensors: {', '.join(differing[:5])}"
+            raise CheckpointError("the checkpoint is of another model", where=generation.path, why=why)
+        self.optimizer.restore(sliced.read)
+        for name, bias in self._named_biases():
+            saved = sliced.read("model", name, None)
+            assert saved is not None
+            bias.copy_(saved)
+        restore_rng({name: state for name in sliced.names("rng") if (state := sliced.read("rng", name)) is not None})
+
+    def timeline(self) -> Timeline | None:
+        return whole_timeline(self.pipeline.clock.timeline(), self.mesh)
+
+    def busy(self) -> dict[str, float]:
+        seconds: dict[str, float] = {}
+        for span in self.pipeline.clock.timeline().spans:
+            name = "forward" if span.kind == "F" else "backward"
+            seconds[name] = seconds.get(name, 0.0) + span.end_s - span.start_s
+        return seconds
+
+    def _pieces(self) -> Iterator[SavedPiece]:
+        """What this rank saves; replicated buffers and random states come from one of those that have them."""
+        yield from self.optimizer.pieces()
+        tensors = {}
+        if self.mesh.coordinate.dp == 0 and self.mesh.coordinate.tp == 0:
+            tensors["model"] = dict(self._named_biases())
+        if self.mesh.rank == 0:
+            tensors["rng"] = rng_states()
+        yield from whole_pieces(tensors)
+
+    def _named_biases(self) -> Iterator[tuple[str, Tensor]]:
+        for part in self.parts.values():
+            yield from part.named_buffers()
 
 
 def micro_batches(batch: BatchConfig, layout: Layout) -> int:

@@ -1,15 +1,22 @@
 """`skymoe train`: run(config) -> TrainReport.
 
-settings and lock -> start (check, build, resume) -> train (the loop) -> export -> report
+lock, settings, world (of one rank or many) -> start (check, build, resume) -> train (the loop) -> export -> report
 """
 
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 
-from skymoe.base.errors import TrainingError
+from skymoe.base.errors import CheckpointError, TrainingError
 from skymoe.convert.result import written
+from skymoe.model.export import export_generation
+from skymoe.model.save import save_pretrained
+from skymoe.parallel.launch import distributed
+from skymoe.parallel.lifeline import is_first_rank
+from skymoe.parallel.watch import watching
 from skymoe.train.config import TrainConfig
+from skymoe.train.engine import SingleEngine
 from skymoe.train.job import Job
 from skymoe.train.loop import train
 from skymoe.train.metrics import read_metrics
@@ -17,6 +24,7 @@ from skymoe.train.result import TrainReport
 from skymoe.train.settings import run_directory, torch_settings
 from skymoe.train.signals import StopRequest, watch_signals
 from skymoe.train.start import start, tokenizer_directory
+from skymoe.weights.generation import latest_generation
 
 
 def run(config: TrainConfig) -> TrainReport:
@@ -28,32 +36,50 @@ def run(config: TrainConfig) -> TrainReport:
         MachineError: the directory is in use or cannot be written.
     """
     began = time.perf_counter()
-    with run_directory(config.run.dir), torch_settings(config) as device, watch_signals() as stop:
-        job = start(config, device)
-        try:
-            train(job, stop)
-            finished = job.state.counters.step >= config.steps
-            if finished:
-                _export(job)
-            else:
-                job.event("stop", signal=stop.signal.name if stop.signal else "")
-        finally:
-            job.metrics.close()
-            job.trackers.close()
+    is_chief = is_first_rank()
+    held = run_directory(config.run.dir) if is_chief else nullcontext()
+    with held, torch_settings(config), watch_signals() as stop:
+        timeout_s = config.parallel.timeout_s
+        with distributed(timeout_s, device=config.run.device) as world, watching(world, timeout_s=timeout_s) as heart:
+            job = start(config, world, heart)
+            try:
+                train(job, stop)
+                finished = job.state.counters.step >= config.steps
+                if finished:
+                    _check_finite(job)
+                else:
+                    job.event("stop", signal=stop.signal.name if stop.signal else "")
+            finally:
+                job.metrics.close()
+                job.trackers.close()
+        if finished and is_chief:
+            _export(job)
         return _report(job, stop, time.perf_counter() - began)
 
 
-def _export(job: Job) -> None:
-    # Written again by every call that finds the run finished: it may be stale or damaged.
-    config, out = job.config, job.config.run.dir / "model"
+def _check_finite(job: Job) -> None:
     if bad := job.state.engine.non_finite():
         raise TrainingError(
             f"the trained weights are not finite: {', '.join(bad[:5])}",
-            where=config.run.dir,
+            where=job.config.run.dir,
             hint="the last generation in checkpoints/ is sound; lower optimizer.lr, or set guard.non_finite=rollback",
         )
-    tokenizer = tokenizer_directory(config.data, config.model.path)
-    job.state.engine.export(out, tokenizer)
+
+
+def _export(job: Job) -> None:
+    """Write the final model. Of a model on many ranks no process has it all: it comes from the last generation.
+
+    Written again by every call that finds the run finished: it may be stale or damaged.
+    """
+    config, engine = job.config, job.state.engine
+    out, tokenizer = config.run.dir / "model", tokenizer_directory(config.data, config.model.path)
+    if isinstance(engine, SingleEngine):
+        save_pretrained(engine.model, out, tokenizer_from=tokenizer, overwrite=True)
+        return
+    generation = latest_generation(job.checkpoints)
+    if generation is None or generation.step != job.state.counters.step:
+        raise CheckpointError("the last step was not saved, so there is nothing to export", where=job.checkpoints)
+    export_generation(generation, out, tokenizer_from=tokenizer, overwrite=True)
 
 
 def _report(job: Job, stop: StopRequest, seconds: float) -> TrainReport:
@@ -61,7 +87,7 @@ def _report(job: Job, stop: StopRequest, seconds: float) -> TrainReport:
     config = job.config
     finished = counters.step >= config.steps
     losses = [line["loss"] for line in read_metrics(config.run.dir / "metrics.jsonl") if line["kind"] == "train"]
-    model = written(config.run.dir / "model", seconds) if finished else None
+    model = written(config.run.dir / "model", seconds) if finished and job.is_chief else None
     return TrainReport(
         dir=str(config.run.dir),
         model=str(model.out) if model else None,

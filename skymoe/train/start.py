@@ -17,29 +17,30 @@ from skymoe.base.log import logger
 from skymoe.data.evaluation import EvaluationWindows
 from skymoe.data.sampler import Mixture, Source
 from skymoe.data.token_bytes import token_byte_lengths
-from skymoe.ops.balance import AdaptiveCoefficients, AuxLoss
+from skymoe.parallel.checkpoint import latest_generation_distributed
+from skymoe.parallel.heartbeat import Heartbeat
+from skymoe.parallel.launch import World
+from skymoe.parallel.mesh import Mesh
+from skymoe.parallel.stragglers import StepTimes
 from skymoe.spec.model import ModelSpec
-from skymoe.train.build import build_model, resolve_spec
-from skymoe.train.config import BalanceConfig, DataConfig, TrainConfig
-from skymoe.train.engine import SingleEngine
+from skymoe.train.build import resolve_spec
+from skymoe.train.config import DataConfig, TrackConfig, TrainConfig
 from skymoe.train.environment import environment
 from skymoe.train.evaluate import Held
-from skymoe.train.guard import Guard
 from skymoe.train.job import Job
 from skymoe.train.lines import run_line
-from skymoe.train.metrics import MetricsLog
-from skymoe.train.objective import Objective
-from skymoe.train.optim import Optimizer
+from skymoe.train.metrics import MetricsLog, NoMetrics
 from skymoe.train.resume import check_same_run
-from skymoe.train.state import TrainState, restore_state
-from skymoe.train.throughput import describe_machine
+from skymoe.train.state import restore_state
 from skymoe.train.trackers import open_trackers
-from skymoe.weights.buffers import torch_dtype
+from skymoe.train.wiring import build_state, find_mesh, measure_machine, objective_of
 from skymoe.weights.generation import Generation, latest_generation
 
 
-def start(config: TrainConfig, device: torch.device) -> Job:
+def start(config: TrainConfig, world: World, heart: Heartbeat) -> Job:
     """The job of `config`: fresh, or as the newest whole generation in its run directory left it.
+
+    On many ranks every one of them calls it, and the first one alone writes.
 
     Raises:
         ConfigError: the recipe contradicts itself, the model, or the run that the directory holds.
@@ -49,37 +50,40 @@ def start(config: TrainConfig, device: torch.device) -> Job:
     mixture = _open_mixture(config, spec)
     held = _open_held(config, spec)
     identity = _identity(config, spec, mixture)
-    generation = _find_generation(config, identity)
-    state = _build_state(config, spec, device, load_weights=generation is None)
+    device, mesh = world.device, find_mesh(config, spec, world)
+    if mesh is not None:
+        heart.coordinate = mesh.coordinate
+        heart.phase("look for a checkpoint", 0)
+    generation = _find_generation(config, identity, mesh)
+    heart.phase("build the model", 0)
+    state = build_state(config, spec, device, mesh, load_weights=generation is None)
     if generation is not None:
         restore_state(state, generation)
     step = state.counters.step
     directory = config.run.dir
-    trackers = open_trackers(config.track, directory, identity["recipe"], step)
-    objective = _objective(config, spec)
+    is_chief = world.rank == 0
+    track = config.track if is_chief else TrackConfig()
+    trackers = open_trackers(track, directory, identity["recipe"], step)
+    objective = objective_of(config, spec)
     job = Job(
         config=config,
         state=state,
         objective=objective,
         mixture=mixture,
         held=held,
-        machine=describe_machine(
-            spec,
-            config.data.sequence_length,
-            peak_flops=config.precision.peak_flops,
-            dtype=torch_dtype(config.precision.compute),
-            device=device,
-            recomputed=objective.recompute,
-            statistics_pass=_has_statistics_pass(config, objective),
-        ),
+        machine=measure_machine(config, spec, mesh, device, objective),
         device=device,
-        metrics=MetricsLog(directory / "metrics.jsonl"),
+        metrics=(MetricsLog if is_chief else NoMetrics)(directory / "metrics.jsonl"),
         trackers=trackers,
         identity=identity,
         resumed_from=None if generation is None else step,
+        heart=heart,
+        mesh=mesh,
+        times=None if mesh is None else StepTimes(mesh),
     )
-    write_atomic(directory / "recipe.yaml", dump_config(config).encode())
-    write_atomic(directory / "environment.json", json.dumps(environment(device), indent=2).encode())
+    if is_chief:
+        write_atomic(directory / "recipe.yaml", dump_config(config).encode())
+        write_atomic(directory / "environment.json", json.dumps(environment(device), indent=2).encode())
     _open_record(job, generation)
     return job
 
@@ -96,9 +100,10 @@ def _open_record(job: Job, generation: Generation | None) -> None:
     job.event("resume", generation=generation.path.name)
 
 
-def _find_generation(config: TrainConfig, identity: dict[str, Any]) -> Generation | None:
+def _find_generation(config: TrainConfig, identity: dict[str, Any], mesh: Mesh | None) -> Generation | None:
     directory = config.run.dir
-    generation = latest_generation(directory / "checkpoints")
+    root = directory / "checkpoints"
+    generation = latest_generation(root) if mesh is None else latest_generation_distributed(root, mesh)
     if generation is None:
         recipe = directory / "recipe.yaml"
         if recipe.exists():
@@ -134,47 +139,6 @@ def _identity(config: TrainConfig, spec: ModelSpec, mixture: Mixture) -> dict[st
     }
     plain: dict[str, Any] = json.loads(json.dumps(identity))
     return plain
-
-
-def _build_state(config: TrainConfig, spec: ModelSpec, device: torch.device, *, load_weights: bool) -> TrainState:
-    dtype = torch_dtype(config.precision.weights)
-    model = build_model(config.model, spec, seed=config.run.seed, dtype=dtype, device=device, load_weights=load_weights)
-    torch.manual_seed(config.run.seed)
-    balance = config.balance
-    return TrainState(
-        engine=SingleEngine(model, Optimizer(model, config.optimizer), device),
-        alpha=_coefficients(balance, len(spec.moe_layer_ids)),
-        guard=Guard(config.guard),
-    )
-
-
-def _coefficients(balance: BalanceConfig, num_layers: int) -> AdaptiveCoefficients:
-    initial = balance.coefficient if balance.aux != "none" else 0.0
-    return AdaptiveCoefficients(
-        [initial] * num_layers,
-        xi=balance.xi,
-        alpha_max=balance.alpha_max,
-        beta=balance.beta,
-        adaptive=balance.adaptive and balance.aux != "none",
-    )
-
-
-def _objective(config: TrainConfig, spec: ModelSpec) -> Objective:
-    balance, precision = config.balance, config.precision
-    layers = {"none": 0, "all": spec.num_layers}.get(str(config.recompute), config.recompute)
-    return Objective(
-        aux=AuxLoss(balance.aux) if spec.moe else AuxLoss.NONE,
-        global_statistics=balance.scope == "global",
-        z_coefficient=balance.z_loss if spec.moe else 0.0,
-        real_capacity=balance.capacity_factor if balance.capacity == "real" else None,
-        compute=None if precision.compute == precision.weights else torch_dtype(precision.compute),
-        recompute=range(int(layers)),
-    )
-
-
-def _has_statistics_pass(config: TrainConfig, objective: Objective) -> bool:
-    several = (config.batch.micro_sequences or config.batch.sequences) < config.batch.sequences
-    return several and objective.global_statistics and objective.aux is not AuxLoss.NONE
 
 
 def _open_mixture(config: TrainConfig, spec: ModelSpec) -> Mixture:

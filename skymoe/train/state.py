@@ -69,8 +69,8 @@ class TrainState:
     evaluation: dict[str, Any] | None = None
 
 
-def save_state(state: TrainState, root: Path, *, identity: Mapping[str, Any], keep: int) -> Path:
-    """Write the state as a new generation under `root`; returns its directory.
+def save_state(state: TrainState, root: Path, *, identity: Mapping[str, Any], keep: int) -> Path | None:
+    """Write the state as a new generation under `root`; its directory, or None when it is only begun (`Engine.save`).
 
     Args:
         state: not changed.

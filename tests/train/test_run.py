@@ -244,7 +244,7 @@ def test_a_stale_or_damaged_model_is_exported_again(tmp_path, monkeypatch):
         raise MachineError("no space")
 
     with monkeypatch.context() as patch:
-        patch.setattr("skymoe.train.engine.save_pretrained", full_disk)
+        patch.setattr("skymoe.train.run.save_pretrained", full_disk)
         with pytest.raises(MachineError):
             run(longer)
     assert run(longer).resumed_from == 6

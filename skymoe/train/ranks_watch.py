@@ -1,0 +1,24 @@
+"""On log steps of a run on many ranks: where each was in the last step, and who is slower than its neighbours."""
+
+from __future__ import annotations
+
+from skymoe.base.log import logger
+from skymoe.parallel.heartbeat import named
+from skymoe.parallel.stragglers import stragglers
+from skymoe.train.job import Job
+from skymoe.train.lines import timeline_line
+
+
+def watch_ranks(job: Job) -> None:
+    """Record the timeline of the last step, and warn of stragglers. Every rank calls it."""
+    if job.mesh is None or job.times is None:
+        return
+    timeline = job.state.engine.timeline()
+    times = job.times.exchange(job.state.engine.busy())
+    if timeline is not None:
+        job.record(timeline_line(job, job.mesh.layout, timeline.spans, span_s=timeline.span_s))
+    for slow in stragglers(times):
+        who = named(slow.rank, slow.coordinate)
+        if job.is_chief:
+            logger.warning("%s is slow: %.2f x the median of its stage, most of it in %s", who, slow.ratio, slow.phase)
+        job.event("straggler", rank=slow.rank, ratio=slow.ratio, phase=slow.phase)
