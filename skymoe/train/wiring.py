@@ -13,6 +13,7 @@ from skymoe.parallel.launch import World
 from skymoe.parallel.mesh import Mesh, build_mesh
 from skymoe.spec.layout import Half
 from skymoe.spec.model import ModelSpec
+from skymoe.spec.utilisation import recomputed_parts
 from skymoe.train.build import build_model
 from skymoe.train.config import BalanceConfig, TrainConfig
 from skymoe.train.engine import Engine, SingleEngine
@@ -38,22 +39,14 @@ def measure_machine(
     config: TrainConfig, spec: ModelSpec, mesh: Mesh | None, device: torch.device, objective: Objective
 ) -> Machine:
     """FLOP counts, and the peak of all devices together: every rank measures its own."""
-    recomputed: Iterable[int | Half] = objective.recompute
-    if mesh is not None:
-        layout = mesh.layout
-        recomputed = [
-            half
-            for stage in range(layout.num_stages)
-            for half in layout.halves(stage)
-            if half.layer in layout.recomputed_layers(stage)
-        ]
+    again: Iterable[int | Half] = objective.recompute if mesh is None else recomputed_parts(mesh.layout)
     machine = describe_machine(
         spec,
         config.data.sequence_length,
         peak_flops=config.precision.peak_flops,
         dtype=torch_dtype(config.precision.compute),
         device=device,
-        recomputed=recomputed,
+        recomputed=again,
         statistics_pass=_has_statistics_pass(config, objective, 1 if mesh is None else mesh.layout.dp),
     )
     if mesh is None:
