@@ -1,1 +1,1 @@
-"""Floor 6: `skymoe ckpt ls|verify|diff`, the look at checkpoints from outside. No torch."""
+"""Floor 6: `skymoe ckpt ls|verify|diff|reshard|export`, checkpoints from outside. No torch, except in `export`."""

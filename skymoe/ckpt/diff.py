@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from skymoe.base.errors import CheckpointError, ConfigError
 from skymoe.base.json_diff import MISSING, changes, short
@@ -16,11 +16,41 @@ from skymoe.base.strict_json import read_json_object
 from skymoe.ckpt.places import find_newest, is_generation, is_model
 from skymoe.ckpt.result import Difference
 from skymoe.ckpt.values import count_different, max_abs_difference
-from skymoe.weights.header import TensorFile
+from skymoe.weights.header import TensorFile, TensorInfo
 from skymoe.weights.index import ModelFiles
-from skymoe.weights.verify import check_files
+from skymoe.weights.manifest import file_name
+from skymoe.weights.stored import catalogue
+from skymoe.weights.verify import check_cover, check_files
 
 _MAX_CONFIG_BYTES = 10_000_000
+
+
+class Readable(Protocol):
+    """A whole tensor, however it is stored."""
+
+    @property
+    def info(self) -> TensorInfo:
+        """Dtype and shape."""
+        ...
+
+    def chunks(self) -> Iterator[memoryview]:
+        """Its bytes, row-major, in parts of equal sizes for equal dtypes and shapes."""
+        ...
+
+
+@dataclass(frozen=True)
+class _InFile:
+    """A tensor of a model's file."""
+
+    file: TensorFile
+    name: str
+
+    @property
+    def info(self) -> TensorInfo:
+        return self.file.header.tensors[self.name]
+
+    def chunks(self) -> Iterator[memoryview]:
+        return self.file.chunks(self.name)
 
 
 @dataclass(frozen=True)
@@ -29,12 +59,13 @@ class Side:
 
     Attributes:
         path: the directory it is in.
-        tensors: `file:tensor` (in a model just the tensor) -> (file, name in it).
+        tensors: `file:tensor` (in a model just the tensor) -> the whole tensor. In a generation `file` is the one that
+            a single process would have written, so that two layouts of a state are equal.
         documents: file name -> content.
     """
 
     path: Path
-    tensors: Mapping[str, tuple[TensorFile, str]]
+    tensors: Mapping[str, Readable]
     documents: Mapping[str, Any]
 
 
@@ -50,30 +81,30 @@ def open_sides(left: Path, right: Path, stack: ExitStack) -> tuple[Side, Side]:
         model, other = (left, right) if kinds[0] else (right, left)
         why = "their tensors have other names"
         raise ConfigError(f"{model} is a model and {other} a checkpoint", why=why, hint="compare like with like")
-    opener = _open_model if kinds[0] else _open_generation
-    return opener(left, stack), opener(right, stack)
+    if kinds[0]:
+        return _open_model(left, stack), _open_model(right, stack)
+    return _open_generation(left), _open_generation(right)
 
 
 def _open_model(path: Path, stack: ExitStack) -> Side:
     files = stack.enter_context(ModelFiles(path))
     config = path / "config.json"
     documents = {"config.json": read_json_object(config, max_bytes=_MAX_CONFIG_BYTES)} if config.exists() else {}
-    return Side(path, {name: (file, name) for name, file in files.shards.items()}, documents)
+    return Side(path, {name: _InFile(file, name) for name, file in files.shards.items()}, documents)
 
 
-def _open_generation(path: Path, stack: ExitStack) -> Side:
+def _open_generation(path: Path) -> Side:
     one = find_newest(path)
-    problems = list(one.problems) or check_files(one)
+    problems = list(one.problems) or check_cover(one) + check_files(one)
     if problems or one.manifest is None:
         raise CheckpointError(f"cannot be compared: {problems[0]}", where=one.path, hint=f"skymoe ckpt verify {path}")
-    tensors: dict[str, tuple[TensorFile, str]] = {}
-    documents = {}
-    for name in sorted(one.manifest.files):
-        if name.endswith(".json"):
-            documents[name] = _read_document(one.path / name)
-        else:
-            file = stack.enter_context(TensorFile(one.path / name))
-            tensors |= {f"{name}:{tensor}": (file, tensor) for tensor in file.header.tensors}
+    stored = catalogue(one.path, one.manifest.files)
+    tensors = {
+        f"{file_name(stem, None)}:{name}": tensor
+        for stem, content in stored.items()
+        for name, tensor in content.items()
+    }
+    documents = {name: _read_document(one.path / name) for name in sorted(one.manifest.files) if name.endswith(".json")}
     return Side(one.path, tensors, documents)
 
 
@@ -92,13 +123,11 @@ def compare_tensors(left: Side, right: Side) -> Iterator[Difference]:
         elif name not in left.tensors:
             yield Difference(name, "only right")
         else:
-            yield from _compare_tensor(name, *left.tensors[name], *right.tensors[name])
+            yield from _compare_tensor(name, left.tensors[name], right.tensors[name])
 
 
-def _compare_tensor(
-    name: str, left: TensorFile, left_name: str, right: TensorFile, right_name: str
-) -> Iterator[Difference]:
-    a, b = left.header.tensors[left_name], right.header.tensors[right_name]
+def _compare_tensor(name: str, left: Readable, right: Readable) -> Iterator[Difference]:
+    a, b = left.info, right.info
     if a.dtype != b.dtype:
         yield Difference(name, "dtype", f"{a.dtype} / {b.dtype}")
     if a.shape != b.shape:
@@ -106,7 +135,7 @@ def _compare_tensor(
     if a != b:
         return
     num_different, max_abs = 0, 0.0
-    for one, other in zip(left.chunks(left_name), right.chunks(right_name), strict=True):
+    for one, other in zip(left.chunks(), right.chunks(), strict=True):
         if found := count_different(one, other, a.dtype):
             num_different += found
             max_abs = max(max_abs, max_abs_difference(one, other, a.dtype))

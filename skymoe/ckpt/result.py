@@ -134,3 +134,69 @@ class DiffReport:
     def as_json(self) -> dict[str, Any]:
         """Plain data for `--json`."""
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class ReshardReport:
+    """`ckpt reshard`.
+
+    Attributes:
+        source: the generation that was read.
+        out: the generation that was written.
+        step: of both.
+        layout: of `out`, as its manifest has it.
+        num_files, num_bytes, num_tensors: of `out`; tensors are counted whole.
+    """
+
+    source: str
+    out: str
+    step: int
+    layout: dict[str, Any]
+    num_files: int
+    num_bytes: int
+    num_tensors: int
+    schema: int = 1
+
+    @property
+    def exit_code(self) -> int:
+        """0: it was written."""
+        return 0
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data for `--json`."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """`ckpt export`.
+
+    Attributes:
+        source: the generation that was read.
+        out: the model directory.
+        step: of the generation.
+        architecture: of the model as it was written.
+        dtype: of its weights.
+        files: names of everything in `out`.
+        num_bytes: of all files.
+        notes: newer generations that were passed over, a tokenizer that was not found.
+    """
+
+    source: str
+    out: str
+    step: int
+    architecture: str
+    dtype: str
+    files: tuple[str, ...]
+    num_bytes: int
+    notes: tuple[str, ...]
+    schema: int = 1
+
+    @property
+    def exit_code(self) -> int:
+        """0: it was written."""
+        return 0
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data for `--json`."""
+        return asdict(self)

@@ -1,4 +1,7 @@
-"""`skymoe ckpt ls | verify | diff`. Print a report with `skymoe.ckpt.table.show`, or `report.as_json()`."""
+"""`skymoe ckpt ls | verify | diff`. Print a report with `skymoe.ckpt.table.show`, or `report.as_json()`.
+
+`reshard` and `export` have files of their own.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,9 @@ from pathlib import Path
 from skymoe.base.errors import FormatError
 from skymoe.base.progress import progress
 from skymoe.ckpt.config import DiffConfig, LsConfig, VerifyConfig
-from skymoe.ckpt.diff import Side, compare_documents, compare_tensors, is_circumstance, open_sides
+from skymoe.ckpt.diff import Readable, Side, compare_documents, compare_tensors, is_circumstance, open_sides
 from skymoe.ckpt.places import find_root, is_generation, is_model
 from skymoe.ckpt.result import DiffReport, GenerationRow, LsReport, VerifyProblem, VerifyReport
-from skymoe.weights.header import TensorFile
 from skymoe.weights.index import ModelFiles
 from skymoe.weights.listing import Listed, Problem, find_generation, list_generations
 from skymoe.weights.publish import leftovers
@@ -106,7 +108,7 @@ def run_diff(config: DiffConfig) -> DiffReport:
         left, right = open_sides(config.left, config.right, stack)
         tensors = list(compare_tensors(left, right))
         documents = list(compare_documents(left, right))
-        num_bytes = sum(file.header.tensors[name].num_bytes for file, name in _shared(left, right))
+        num_bytes = sum(tensor.info.num_bytes for tensor in _shared(left, right))
     circumstances = [one for one in documents if is_circumstance(one, config.circumstances)]
     return DiffReport(
         left=str(left.path),
@@ -118,5 +120,5 @@ def run_diff(config: DiffConfig) -> DiffReport:
     )
 
 
-def _shared(left: Side, right: Side) -> list[tuple[TensorFile, str]]:
+def _shared(left: Side, right: Side) -> list[Readable]:
     return [left.tensors[name] for name in left.tensors.keys() & right.tensors.keys()]

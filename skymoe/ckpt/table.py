@@ -7,13 +7,16 @@ from rich.table import Table
 from rich.text import Text
 
 from skymoe.base.errors import printable
-from skymoe.ckpt.result import DiffReport, LsReport, VerifyReport
+from skymoe.ckpt.result import DiffReport, ExportReport, LsReport, ReshardReport, VerifyReport
 
 _WIDTH_OF_A_PIPE = 120
 _MAX_LINES = 50
 
 
-def show(report: LsReport | VerifyReport | DiffReport, console: Console | None = None) -> None:
+Report = LsReport | VerifyReport | DiffReport | ReshardReport | ExportReport
+
+
+def show(report: Report, console: Console | None = None) -> None:
     """Print `report` to standard output (or `console`)."""
     out = console or Console(highlight=False)
     if not out.is_terminal:
@@ -22,8 +25,12 @@ def show(report: LsReport | VerifyReport | DiffReport, console: Console | None =
         _show_ls(report, out)
     elif isinstance(report, VerifyReport):
         _show_verify(report, out)
-    else:
+    elif isinstance(report, DiffReport):
         _show_diff(report, out)
+    elif isinstance(report, ReshardReport):
+        _show_reshard(report, out)
+    else:
+        _show_export(report, out)
 
 
 def human_bytes(count: int) -> str:
@@ -74,6 +81,23 @@ def _show_diff(report: DiffReport, out: Console) -> None:
     shared = f"{_count(report.num_tensors, 'tensor')}, {human_bytes(report.num_bytes)}"
     verdict = f"different: {_count(len(lines), 'difference')}; {shared} compared" if lines else f"bit-equal: {shared}"
     out.print(Text(verdict, style="bold red" if lines else "bold green"))
+
+
+def _show_reshard(report: ReshardReport, out: Console) -> None:
+    sizes = (
+        f"{_count(report.num_tensors, 'tensor')}, {human_bytes(report.num_bytes)} in {_count(report.num_files, 'file')}"
+    )
+    layout = report.layout
+    ranks = f"pp {layout['pp']} x dp {layout['dp']} x tp {layout['tp']}, experts by {layout['expert']}"
+    out.print(Text(f"{printable(report.source, 2000)}\n-> {printable(report.out, 2000)}", style="bold"))
+    out.print(Text(f"step {report.step} for {ranks}: {sizes}"))
+
+
+def _show_export(report: ExportReport, out: Console) -> None:
+    _show_notes(report.notes, out)
+    out.print(Text(f"{printable(report.source, 2000)}\n-> {printable(report.out, 2000)}", style="bold"))
+    sizes = f"{human_bytes(report.num_bytes)} in {_count(len(report.files), 'file')}"
+    out.print(Text(f"step {report.step} as {report.architecture}, {report.dtype}: {sizes}"))
 
 
 def _show_lines(lines: list[str], out: Console) -> None:

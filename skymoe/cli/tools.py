@@ -12,7 +12,7 @@ import typer
 from skymoe.cli.options import AsJson, Extra, Overrides, Quiet, Seed, Verbose, given
 
 if TYPE_CHECKING:
-    from skymoe.ckpt.result import DiffReport, LsReport, VerifyReport
+    from skymoe.ckpt.table import Report
 
 data = typer.Typer(no_args_is_help=True)
 ckpt = typer.Typer(no_args_is_help=True)
@@ -96,7 +96,60 @@ def ckpt_diff(
     _answer(run_diff(check_config(DiffConfig, given(left=left, right=right))), as_json)
 
 
-def _answer(report: LsReport | VerifyReport | DiffReport, as_json: bool) -> NoReturn:
+@ckpt.command("reshard")
+def ckpt_reshard(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="A generation, or a run directory (its newest one).")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of generations to create (RUN/checkpoints).")],
+    pp: Annotated[int | None, typer.Option(help="Pipeline ranks.")] = None,
+    tp: Annotated[int | None, typer.Option(help="Tensor-parallel ranks.")] = None,
+    dp: Annotated[int | None, typer.Option(help="Data-parallel ranks.")] = None,
+    expert: Annotated[str | None, typer.Option(help="Experts over tp (edp), dp x tp (ep), dp and cut (etp).")] = None,
+    schedule: Annotated[str | None, typer.Option(help="1f1b, interleaved or zbv.")] = None,
+    chunks: Annotated[int | None, typer.Option(help="Stages per rank under interleaved.")] = None,
+    split: Annotated[str | None, typer.Option(help="Layers per stage: 4,4.5,3.5")] = None,
+    zero_shards: Annotated[
+        bool | None, typer.Option("--zero-shards/--no-zero-shards", help="Divide what dp ranks have alike (default).")
+    ] = None,
+    overwrite: Annotated[bool | None, typer.Option("--overwrite", help="Replace OUT when it exists.")] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write a checkpoint generation again in the slices of another layout."""
+    from skymoe.base.config import check_config
+    from skymoe.ckpt.config import ReshardConfig
+    from skymoe.ckpt.reshard import run_reshard
+
+    options = given(
+        source=source, out=out, pp=pp, tp=tp, dp=dp, expert=expert, schedule=schedule, chunks=chunks,
+        split=None if split is None else split.split(","), zero_shards=zero_shards, overwrite=overwrite,
+    )  # fmt: skip
+    _answer(run_reshard(check_config(ReshardConfig, options)), as_json)
+
+
+@ckpt.command("export")
+def ckpt_export(
+    source: Annotated[
+        Path, typer.Argument(metavar="GENERATION", help="A generation, or a run directory (its newest intact one).")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Model directory to create.")],
+    dtype: Annotated[str | None, typer.Option(help="Of the weights; otherwise that of the run.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="Copy this directory's tokenizer.")] = None,
+    overwrite: Annotated[bool | None, typer.Option("--overwrite", help="Replace OUT when it exists.")] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Make a Hugging Face model directory of a checkpoint generation, whatever layout wrote it."""
+    from skymoe.base.config import check_config
+    from skymoe.ckpt.config import ExportConfig
+    from skymoe.ckpt.export import run_export
+
+    options = given(source=source, out=out, dtype=dtype, tokenizer=tokenizer, overwrite=overwrite)
+    _answer(run_export(check_config(ExportConfig, options)), as_json)
+
+
+def _answer(report: Report, as_json: bool) -> NoReturn:
     from skymoe.ckpt.table import show
     from skymoe.cli.console import print_json
 

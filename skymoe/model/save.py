@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from skymoe import __version__
 from skymoe.base.dtype import DType
@@ -33,7 +34,7 @@ from skymoe.weights.companions import (
     read_companion,
     write_companions,
 )
-from skymoe.weights.names import tensor_table
+from skymoe.weights.names import Place, tensor_table
 from skymoe.weights.writer import DEFAULT_SHARD_BYTES, ShardedWriter
 
 MODELLING_NAMES = ("configuration_skymoe.py", "modeling_skymoe.py")
@@ -71,21 +72,52 @@ def save_pretrained(
     Raises:
         ConfigError: `out` exists. MachineError: no space, no permission.
     """
-    out = Path(out)
-    spec, reasons = carried(model.spec)
-    if reasons:
-        logger.info("saving as skymoe: %s", "; ".join(reasons))
     parameters = model.state_dict()
     kept = float_dtype(dtype) if dtype is not None else model.embed.weight.dtype
-    stored = DType(str(kept).removeprefix("torch."))
+    return write_pretrained(
+        model.spec,
+        lambda place: parameters[place.parameter][place.index].detach(),
+        Path(out),
+        dtype=DType(str(kept).removeprefix("torch.")),
+        tokenizer_from=tokenizer_from,
+        provenance=provenance,
+        extra_files=extra_files,
+        max_shard_bytes=max_shard_bytes,
+        overwrite=overwrite,
+    )
+
+
+def write_pretrained(
+    spec: ModelSpec,
+    read: Callable[[Place], Tensor],
+    out: Path,
+    *,
+    dtype: DType,
+    tokenizer_from: Path | None = None,
+    provenance: Mapping[str, Any] | None = None,
+    extra_files: Mapping[str, bytes] | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    overwrite: bool = False,
+) -> Path:
+    """As `save_pretrained`, of weights that are asked for one by one: no more than one is held.
+
+    Args:
+        spec: of the model.
+        read: the tensor of a place, in any float dtype; called once for each, in file order.
+        out: the directory to create.
+        dtype: of the files.
+        tokenizer_from, provenance, extra_files, max_shard_bytes, overwrite: as there.
+    """
+    spec, reasons = carried(spec)
+    if reasons:
+        logger.info("saving as skymoe: %s", "; ".join(reasons))
     table = tensor_table(spec)
     with staging_directory(out, overwrite=overwrite) as staging:
-        plan = [(name, _stored_dtype(name, stored), place.shape) for name, place in table.items()]
+        plan = [(name, _stored_dtype(name, dtype), place.shape) for name, place in table.items()]
         with ShardedWriter(staging, plan, max_shard_bytes=max_shard_bytes) as writer:
             for (name, place), (_, planned, _) in zip(table.items(), plan, strict=True):
-                tensor = parameters[place.parameter][place.index].detach()
-                writer.add(name, tensor.to(torch_dtype(planned)))
-        write_config_files(staging, spec, stored, source=tokenizer_from)
+                writer.add(name, read(place).to(torch_dtype(planned)))
+        write_config_files(staging, spec, dtype, source=tokenizer_from)
         write_json(staging / PROVENANCE_NAME, {"skymoe": __version__, **(provenance or {})})
         for name, content in (extra_files or {}).items():
             write_atomic(staging / name, content)

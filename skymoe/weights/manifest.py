@@ -169,13 +169,14 @@ def generation_name(step: int) -> str:
 
 
 def sealed(record: Manifest | Latest) -> bytes:
-    """The text of `record`, its own digest at the end."""
-    return seal(record.model_dump(mode="json"))
+    """The text of `record`, its own digest at the end; compact where many ranks fill it with their pieces."""
+    return seal(record.model_dump(mode="json"), indent=None if record.version == 2 else 1)
 
 
-def seal(content: Mapping[str, Any]) -> bytes:
+def seal(content: Mapping[str, Any], *, indent: int | None = 1) -> bytes:
     """`content` as JSON text that ends in the digest of itself."""
-    text = json.dumps({**content, "digest": _ZEROS}, indent=1) + "\n"
+    body = json.dumps(content, indent=indent).removesuffix("}").removesuffix("\n")
+    text = f'{body},\n "digest": "{_ZEROS}"\n}}\n'
     digest = hashlib.sha256(text.encode()).hexdigest()
     return (text[: -len(_ZEROS) - 4] + digest + text[-4:]).encode()
 
