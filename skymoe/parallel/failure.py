@@ -20,8 +20,7 @@ from skymoe.base.errors import MachineError, SkymoeError, printable
 from skymoe.parallel.heartbeat import Beat, Heartbeat, read_beats
 from skymoe.parallel.launch import World
 
-INTERVAL_S = 1.0  # between two signs of life
-_SILENT_S = 2.5 * INTERVAL_S
+_INTERVALS_OF_SILENCE = 2.5  # after which a rank counts as silent
 _VERDICT = "failed/first"
 _WORDS_OF_GLOO_AND_NCCL = (
     "gloo/", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "Timed out waiting",
@@ -92,11 +91,11 @@ def _of_others(error: BaseException, world: World, own: Beat) -> MachineError:
 
 
 def find_culprit(store: dist.Store, world: World) -> Failure | None:
-    """The verdict; if there is none, whoever gives no sign of life; None when all do. Takes up to 2.5 s."""
+    """The verdict; if there is none, whoever gives no sign of life; None when all do. Takes 2.5 intervals at most."""
     if verdict := read_verdict(store):
         return verdict
     before = read_beats(store, world)
-    deadline = time.monotonic() + _SILENT_S
+    deadline = time.monotonic() + silence_s(world)
     while time.monotonic() < deadline:
         time.sleep(0.1)
         if verdict := read_verdict(store):
@@ -114,13 +113,23 @@ def last_seen(beat: Beat) -> str:
     return f"{beat.who} gives no sign of life for {ago:.0f} s; it was last in {beat.where}"
 
 
+def interval_s(world: World) -> float:
+    """Seconds between two signs of life: many ranks speak less often, the store hears 500 words a second at most."""
+    return max(1.0, world.size / 500)
+
+
+def silence_s(world: World) -> float:
+    """How long to look at a rank before it counts as silent."""
+    return _INTERVALS_OF_SILENCE * interval_s(world)
+
+
 def silent_ranks(before: dict[int, Beat], after: dict[int, Beat], world: World) -> list[Beat]:
     """Last words of the ranks that have said nothing between two looks; one that never spoke counts."""
     never = Beat(0, (), 0, "start", False, 0.0, time.time(), 0)
     silent = []
     for rank in range(world.size):
         beat = after.get(rank, never._replace(rank=rank))
-        if rank != world.rank and (rank not in before or before[rank].count == beat.count):
+        if rank != world.rank and before.get(rank, never).count == beat.count:
             silent.append(beat)
     return silent
 

@@ -23,13 +23,22 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 
-from skymoe.parallel.failure import INTERVAL_S, Failure, explain, last_seen, leave_word, read_verdict, silent_ranks
+from skymoe.parallel.failure import (
+    Failure,
+    explain,
+    interval_s,
+    last_seen,
+    leave_word,
+    read_verdict,
+    silence_s,
+    silent_ranks,
+)  # fmt: skip
 from skymoe.parallel.heartbeat import Beat, Heartbeat, publish, read_beats
 from skymoe.parallel.launch import World
 from skymoe.spec.layout import Coordinate
 
 EXIT_CODE = 3
-_POST_ANSWERS_S = 6.0  # how long the clock waits for the post to find out who hangs
+_POST_ANSWERS_S = 4.0  # beyond two looks at everybody: how long the clock waits for the post to find out who hangs
 _MAY_END_S = 6.0  # how long a training thread may take to end by itself when another rank has failed
 
 
@@ -67,6 +76,7 @@ class _Watch:
     def __init__(self, world: World, store: dist.Store, heart: Heartbeat, timeout_s: float) -> None:
         self.world, self.store, self.heart, self.timeout_s = world, store, heart, timeout_s
         self._ended = threading.Event()
+        self._wake = threading.Event()  # the post has something to do before its time
         self._paused = False
         self._hangs = threading.Event()  # from clock to post: find out who
         self._told = threading.Event()  # from post to clock: this is what is to be said
@@ -86,11 +96,14 @@ class _Watch:
     def stop(self) -> None:
         """The block is over; threads that talk to the store must not outlive it."""
         self._ended.set()
+        self._wake.set()
         for thread in self._threads:
             thread.join(_MAY_END_S)
 
     def _post(self) -> None:
-        while not self._ended.wait(self._interval()):
+        while not self._ended.is_set():
+            self._wake.wait(interval_s(self.world))
+            self._wake.clear()
             try:
                 publish(self.store, self.heart.beat())
                 if self._hangs.is_set() and not self._told.is_set():
@@ -98,15 +111,10 @@ class _Watch:
                     self._told.set()
                 elif self._verdict is None and (verdict := read_verdict(self.store)):
                     self._verdict = verdict, time.monotonic()
-            except (dist.DistError, RuntimeError) as error:
-                if not self._ended.is_set():
-                    self._message = f"the store of the run does not answer: {str(error).splitlines()[0]}"
-                    self._told.set()
+            except RuntimeError as error:  # nobody to talk to any more
+                self._message = f"the store of the run does not answer: {str(error).splitlines()[0]}"
+                self._told.set()
                 return
-
-    def _interval(self) -> float:
-        """Many ranks speak less often, so that the store answers a few hundred words a second at most."""
-        return 0.05 if self._hangs.is_set() else max(INTERVAL_S, self.world.size / 500)
 
     def _clock(self) -> None:
         while not self._ended.wait(0.25):
@@ -119,7 +127,8 @@ class _Watch:
 
     def _end_of_a_hang(self) -> None:
         self._hangs.set()
-        self._told.wait(_POST_ANSWERS_S)
+        self._wake.set()
+        self._told.wait(_POST_ANSWERS_S + silence_s(self.world))
         own = self.heart.beat()
         self._leave(self._message or f"{own.who} hangs in {own.where} for {own.seconds:.0f} s; no word of the others")
 
@@ -133,7 +142,7 @@ class _Watch:
     def _find_who_hangs(self) -> str:
         """Two looks at everybody, the verdict, and what this rank says about it."""
         before = read_beats(self.store, self.world)
-        until = time.monotonic() + 2.5 * max(INTERVAL_S, self.world.size / 500)
+        until = time.monotonic() + silence_s(self.world)
         while time.monotonic() < until:
             publish(self.store, self.heart.beat())
             time.sleep(0.25)

@@ -86,10 +86,10 @@ def launched(command: Sequence[str], directory: Path, **environment: str) -> Ite
 
 @contextmanager
 def launched_toy(
-    num_ranks: int, *arguments: object, directory: Path, restarts: int = 0, **environment: str
+    num_ranks: int, *arguments: object, directory: Path, restarts: int = 0, script: Path = TOY, **environment: str
 ) -> Iterator[Launched]:
-    """toy.py under our own launcher."""
-    words = [str(num_ranks), str(restarts), str(TOY), *map(str, arguments)]
+    """toy.py, or another script, under our own launcher."""
+    words = [str(num_ranks), str(restarts), str(script), *map(str, arguments)]
     with launched([sys.executable, "-c", _LAUNCH, *words], directory, **environment) as running:
         yield running
 
