@@ -84,8 +84,8 @@ class AllToAllDispatcher(ShardedDispatcher[AssignmentReceipt]):
         all_came = start_gather(
             came_SX[None], Split((1,) * self.cut.size), self.cut, kind=Kind.METADATA, traffic=self.traffic
         )
-        sent = tuple(int(part.sum()) for part in counts_E.split(self.experts.sizes))
-        came = tuple(came_SX.sum(1).tolist())
+        going_S = torch.stack([part.sum() for part in counts_E.split(self.experts.sizes)])
+        sent, came = (tuple(row) for row in torch.stack((going_S, came_SX.sum(1))).tolist())
         coming = start_exchange_rows(rows_MD, sent, came, self.group, self.traffic)
         came_CSX = all_came.wait()  # C: ranks that share the experts
         shared = Split(tuple(came_CSX.sum((1, 2)).tolist()))
