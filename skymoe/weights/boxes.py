@@ -37,7 +37,7 @@ class Source:
 
     def fill(self, start: int, out: Words) -> None:
         """Fill contiguous `out` with the bytes from `start` on."""
-        rest = memoryview(out.reshape(-1).view(np.uint8))
+        rest = out.reshape(-1).view(np.uint8).data
         while rest:
             self._file.seek(start)
             count = self._file.readinto(rest[:CHUNK_BYTES])

@@ -71,7 +71,7 @@ class StoredTensor:
         if not _is_within(box, self.info.shape):
             shape = list(self.info.shape)
             raise CheckpointError(f"tensor {self.name} is {shape}, it has no {_show(box)}", where=self.directory)
-        out = np.frombuffer(buffer, _WORDS[self.info.dtype.itemsize]).reshape(extents(box))
+        out: Words = np.frombuffer(buffer, _WORDS[self.info.dtype.itemsize]).reshape(extents(box))
         missing = volume(box)
         origin = tuple(-start for start, _ in box)
         for piece in self.pieces:
