@@ -43,6 +43,7 @@ CASES = [
     Case(choices="dropped", chunks=2, recompute=True),
     Case(choices="one", dtype=torch.float32),
     Case(tokens=5, chunks=3, dtype=torch.bfloat16),
+    Case(num_experts=9, choices="dropped", chunks=2),
 ]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
@@ -51,7 +52,10 @@ def all_of(pairs: list[tuple[Layout, Case]]) -> list[Results]:
     return [distributed(mesh, case) for mesh, case in each(pairs)]
 
 
-@pytest.mark.parametrize(("dp", "tp"), [(1, 1), (1, 2), (2, 1), (1, 3), (2, 2)])
+SLOW = [pytest.param(2, 3, marks=pytest.mark.slow), pytest.param(2, 4, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize(("dp", "tp"), [(1, 1), (1, 2), (2, 1), (1, 3), (2, 2), *SLOW])
 def test_equals_one_process(dp: int, tp: int) -> None:
     """Every expert axis and mode, in one world; uneven experts and tokens, ranks that receive nothing."""
     pairs = [(one, case) for one in layouts(dp, tp) for case in CASES if one.expert_ranks <= case.num_experts]
