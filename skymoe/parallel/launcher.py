@@ -242,9 +242,11 @@ def _exit_code(codes: dict[int, int], store: dist.Store, before: str, requests: 
         return _STOPPED
     failure = _failure(store, before)
     first = failure.rank if failure and failure.rank in failed else next(iter(failed))
-    if failure is not None:
+    if len(set(codes.values())) == 1 and failed[first] not in (_MACHINE, -signal.SIGKILL):
+        pass  # all refused the same thing, and rank 0 has said why
+    elif failure is not None:
         logger.error("%s", failure)
-    elif len(set(codes.values())) > 1 or failed[first] < 0:
+    else:
         logger.error("rank %d %s", first, _ended(failed[first]))
     return failed[first] if failed[first] > 0 else _MACHINE
 
