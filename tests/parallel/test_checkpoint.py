@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
+import random
+import signal
+import threading
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
@@ -308,6 +312,48 @@ def test_a_rank_that_dies(tmp_path: Path) -> None:
     run_ranks(2, _save, root, [2], "DP2")
     assert sorted(path.name for path in root.iterdir()) == ["LATEST", "step-00000001", "step-00000002"]
     assert_is_state(root, 2)
+
+
+def _save_until_killed(root: Path, name: str, bad: int, after_s: float, background: bool) -> NoReturn:
+    """Saves without end; rank `bad` is killed at some moment of one of them."""
+    mesh = build_mesh(LAYOUTS[name], CPU)
+    saver = AsyncSaver(root, mesh)
+    first = next((int(path.name[5:]) for path in sorted(root.glob("step-*[0-9]"), reverse=True)), 0)
+    together(mesh, lambda: None)  # everybody has looked
+    if mesh.rank == bad:
+        threading.Timer(after_s, lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
+    for step in itertools.count(first + 1):
+        if background:
+            saver.save(step, pieces_of(state_of(step), mesh.layout, mesh.rank), {"state": {"step": step}}, {})
+            saver.poll()
+        else:
+            save(root, step, mesh)
+    raise AssertionError
+
+
+def kill_and_look(root: Path, seed: int) -> int:
+    rng = random.Random(seed)
+    name = rng.choice(["1", "PP2", "EDP2", "DP2", "PP2xEDP2"])
+    size = LAYOUTS[name].world_size
+    with pytest.raises(AssertionError, match="rank"):
+        run_ranks(size, _save_until_killed, root, name, rng.randrange(size), rng.uniform(0, 0.4), rng.random() < 0.5)
+    generation = latest_generation(root)
+    if generation is None:
+        return 0
+    assert not generation.skipped
+    assert_is_state(root, generation.step)
+    return generation.step
+
+
+def test_killed_at_a_random_moment(tmp_path: Path) -> None:
+    steps = [kill_and_look(tmp_path, seed) for seed in range(3)]
+    assert steps == sorted(steps)
+
+
+@pytest.mark.slow
+def test_killed_at_many_random_moments(tmp_path: Path) -> None:
+    steps = [kill_and_look(tmp_path, 100 + seed) for seed in range(60)]
+    assert steps == sorted(steps) and steps[-1] > 20
 
 
 def _async(root: Path, name: str) -> list[str | None]:
