@@ -73,10 +73,10 @@ class Stages:
         return (self.net.head(y_ND) - micro["target"]).square().sum()
 
 
-def make_micros(count: int, seed: int = 1) -> list[dict[str, Any]]:
-    generator = torch.Generator().manual_seed(seed)
+def make_micros(count: int, rows: int = ROWS) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(1)
     draw = partial(torch.randn, generator=generator, dtype=torch.float64)
-    return [{"input": draw(ROWS, INPUTS), "target": draw(ROWS, 2), "name": f"micro {i}"} for i in range(count)]
+    return [{"input": draw(rows, INPUTS), "target": draw(rows, 2)} for _ in range(count)]
 
 
 def reference(num_layers: int, micros: list[dict[str, Any]]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -124,11 +124,13 @@ def run_pipeline(layout: Layout, mesh: Mesh, num_micro: int) -> dict[str, Any]:
     after_one = list(events)
     evaluated = pipeline.evaluate(micros, stages.forward, stages.loss)
     few = pipeline.evaluate(micros[:3], stages.forward, stages.loss)
+    longer = pipeline.evaluate(make_micros(2, rows=7), stages.forward, stages.loss, rows=7)
     stages.net.zero_grad(set_to_none=True)
     stages.calls.clear()
     losses = pipeline.train(micros, stages.forward, stages.loss)
     return {
-        "first": first, "losses": losses, "evaluated": evaluated, "few": few, "calls": dict(stages.calls),
+        "first": first, "losses": losses, "evaluated": evaluated, "few": few, "longer": longer,
+        "calls": dict(stages.calls),
         "gradients": {name: p.grad for name, p in stages.net.named_parameters() if p.grad is not None},
         "events": after_one, "events_in_all": len(events),
         "timeline": pipeline.clock.timeline(), "stages": layout.stages_of(mesh.coordinate.pp),
@@ -137,12 +139,14 @@ def run_pipeline(layout: Layout, mesh: Mesh, num_micro: int) -> dict[str, Any]:
 
 def check(layout: Layout, num_micro: int, results: list[dict[str, Any]]) -> None:
     losses, gradients = reference(layout.stages.num_units, make_micros(num_micro))
+    longer, _ = reference(layout.stages.num_units, make_micros(2, rows=7))
     last = layout.stage_owner(layout.num_stages - 1)
     found: dict[str, Tensor] = {}
     for rank, result in enumerate(results):
         for key, count in (("first", num_micro), ("losses", num_micro), ("evaluated", num_micro), ("few", 3)):
             expected = losses[:count].tolist() if rank == last else []
             assert result[key] == pytest.approx(expected, rel=1e-12), (rank, key)
+        assert result["longer"] == pytest.approx(longer.tolist() if rank == last else [], rel=1e-12)
         assert not found.keys() & result["gradients"].keys()
         found |= result["gradients"]
         assert result["calls"] == dict.fromkeys(result["stages"], num_micro)
