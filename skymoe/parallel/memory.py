@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from skymoe.parallel.shards import BUCKET_BYTES, plan_flats
+from skymoe.parallel.shards import SHARD_BYTES, plan_flats
 from skymoe.spec.layout import Coordinate, Layout
 from skymoe.weights.slices import Slice
 
@@ -39,7 +39,7 @@ def zero_bytes(
     tied: Collection[str],
     weight_bytes: int,
     gradient_bytes: int,
-    bucket_bytes: int = BUCKET_BYTES,
+    shard_bytes: int = SHARD_BYTES,
 ) -> ZeroBytes:
     """Bytes on the rank at `coordinate`.
 
@@ -49,9 +49,9 @@ def zero_bytes(
         coordinate: of the rank.
         tied: names that the first and the last stage share.
         weight_bytes, gradient_bytes: per element.
-        bucket_bytes: as the optimizer gets it.
+        shard_bytes: as the optimizer gets it.
     """
-    plans = plan_flats(stages, layout, coordinate, tied=tied, bucket_elements=bucket_bytes // gradient_bytes)
+    plans = plan_flats(stages, layout, coordinate, tied=tied, shard_elements=shard_bytes // gradient_bytes)
     whole, shards = sum(plan.size for plan in plans), sum(plan.state_size for plan in plans)
     return ZeroBytes(
         weights=whole * weight_bytes,

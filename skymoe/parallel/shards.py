@@ -25,8 +25,11 @@ from skymoe.weights.slices import Box, Slice, flat_boxes, intersect, shifted, to
 ALIGNMENT = 64
 """Elements; parameters and shards begin at multiples of it."""
 
-BUCKET_BYTES = 64 << 20
-"""Gradients that travel in one collective, at most: large enough for the network, small enough to finish in parts."""
+SHARD_BYTES = 8 << 20
+"""Gradients of a rank's shard of a bucket, at most: large for a message, small enough that buckets overlap well."""
+
+UNDIVIDED = 32
+"""Shards in a bucket that does not travel: it only bounds what an update needs beside the buffers."""
 
 
 class Bucket(NamedTuple):
@@ -152,7 +155,7 @@ def plan_flats(
     coordinate: Coordinate,
     *,
     tied: Collection[str],
-    bucket_elements: int,
+    shard_elements: int,
 ) -> list[FlatPlan]:
     """The flat buffers of a rank, in the order of the stages.
 
@@ -161,7 +164,7 @@ def plan_flats(
         layout: the division.
         coordinate: of the rank.
         tied: names that the first and the last stage share.
-        bucket_elements: of a bucket, at most (one alignment per dp rank at least).
+        shard_elements: of a rank's shard of a bucket, at most (one alignment at least).
     """
     last = layout.num_stages - 1
     ends, names = ((0, last), frozenset(tied)) if last > 0 else ((), frozenset[str]())
@@ -171,11 +174,11 @@ def plan_flats(
         twice = [item for item in parameters if stage in ends and item.name in names]
         owners = tuple(other for other in ends if other in stages)
         if twice and stage == owners[0]:
-            found.append(_plan(twice, owners, layout, coordinate, bucket_elements, is_tied=True))
+            found.append(_plan(twice, owners, layout, coordinate, shard_elements, is_tied=True))
         for reduced in (True, False):
             chosen = [item for item in parameters if item not in twice and item.reduced is reduced]
             if chosen:
-                found.append(_plan(chosen, (stage,), layout, coordinate, bucket_elements, is_tied=False))
+                found.append(_plan(chosen, (stage,), layout, coordinate, shard_elements, is_tied=False))
     return found
 
 
@@ -184,7 +187,7 @@ def _plan(
     stages: tuple[int, ...],
     layout: Layout,
     coordinate: Coordinate,
-    bucket_elements: int,
+    shard_elements: int,
     *,
     is_tied: bool,
 ) -> FlatPlan:
@@ -192,7 +195,8 @@ def _plan(
     edges = list(accumulate((_up(item.num_elements, ALIGNMENT) for item in ordered), initial=0))
     num_shards, shard = (layout.dp, coordinate.dp) if ordered[0].reduced else (1, 0)
     unit = ALIGNMENT * num_shards
-    size, step = _up(edges[-1], unit), max(bucket_elements // unit, 1) * unit
+    size, step = _up(edges[-1], unit), max(shard_elements // ALIGNMENT, 1) * unit
+    step *= UNDIVIDED if num_shards == 1 else 1
     return FlatPlan(
         stages=stages,
         slices=ordered,

@@ -30,7 +30,7 @@ from skymoe.parallel.flat import Flat
 from skymoe.parallel.memory import ZeroBytes
 from skymoe.parallel.mesh import Mesh
 from skymoe.parallel.saved import Read, SavedPiece, pieces, restore
-from skymoe.parallel.shards import BUCKET_BYTES, Bucket, plan_flats
+from skymoe.parallel.shards import SHARD_BYTES, Bucket, plan_flats
 from skymoe.weights.slices import Slice
 
 
@@ -51,7 +51,7 @@ class ZeroOptimizer:
         tied: names that the first and the last stage share: `{"embed.weight"}` with tied embeddings, else empty.
         gradients: format in which gradients are added up over micro-batches and ranks.
         overlap: leave collectives running behind `reduce` and `update`; the results are the same bits.
-        bucket_bytes: gradients that travel in one collective, at most.
+        shard_bytes: gradients of a rank's shard of a bucket, at most.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class ZeroOptimizer:
         tied: Collection[str],
         gradients: torch.dtype = torch.float32,
         overlap: bool = True,
-        bucket_bytes: int = BUCKET_BYTES,
+        shard_bytes: int = SHARD_BYTES,
     ) -> None:
         self._mesh, self._settings, self._overlap = mesh, settings, overlap
         self._stages = tuple(stages)
@@ -73,7 +73,7 @@ class ZeroOptimizer:
             mesh.layout,
             mesh.coordinate,
             tied=tied,
-            bucket_elements=bucket_bytes // gradients.itemsize,
+            shard_elements=shard_bytes // gradients.itemsize,
         )
         self._flats: list[tuple[Flat, ShardState]] = []
         for plan in plans:

@@ -27,9 +27,9 @@ LAYOUTS = [
 ]
 
 
-def three_steps(sizes: dict[str, Any], *, overlap: bool, bucket_bytes: int) -> dict[str, Tensor]:
+def three_steps(sizes: dict[str, Any], *, overlap: bool, shard_bytes: int) -> dict[str, Tensor]:
     """This rank holds its weights and moments to torch's AdamW on the summed gradients, bit for bit."""
-    world = World(zero_spec(), zero_layout(**sizes), overlap=overlap, bucket_bytes=bucket_bytes)
+    world = World(zero_spec(), zero_layout(**sizes), overlap=overlap, shard_bytes=shard_bytes)
     copies = {name: nn.Parameter(parameter.detach().clone()) for name, (parameter, _) in world.items().items()}
     adamw = reference(copies)
     for step in range(3):
@@ -48,8 +48,8 @@ def three_steps(sizes: dict[str, Any], *, overlap: bool, bucket_bytes: int) -> d
 
 def with_and_without_overlap(sizes: dict[str, Any]) -> dict[str, Tensor]:
     """Many buckets, which travel behind other work or do not: the same bits."""
-    behind = three_steps(sizes, overlap=True, bucket_bytes=4096)
-    waited = three_steps(sizes, overlap=False, bucket_bytes=4096)
+    behind = three_steps(sizes, overlap=True, shard_bytes=1024)
+    waited = three_steps(sizes, overlap=False, shard_bytes=1024)
     assert all(torch.equal(value, waited[name]) for name, value in behind.items())
     return behind
 

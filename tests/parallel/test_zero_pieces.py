@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from skymoe.base.errors import CheckpointError
 from skymoe.parallel.memory import zero_bytes
 from skymoe.parallel.mesh import single_mesh
-from skymoe.parallel.shards import ALIGNMENT, plan_flats
+from skymoe.parallel.shards import ALIGNMENT, UNDIVIDED, plan_flats
 from skymoe.parallel.zero import ZeroOptimizer
 from skymoe.spec.layout import DispatchMode, ExpertAxis, Layout, ScheduleKind
 from skymoe.spec.model import ModelSpec
@@ -47,14 +47,14 @@ def layouts(draw: st.DrawFn) -> Layout:
 
 @given(layouts(), st.booleans(), st.sampled_from([1, 500, 4096, 10**9]))
 @settings(max_examples=40, deadline=None)
-def test_over_all_ranks_every_element_is_saved_once(layout: Layout, tied: bool, bucket_elements: int) -> None:
+def test_over_all_ranks_every_element_is_saved_once(layout: Layout, tied: bool, shard_elements: int) -> None:
     spec = zero_spec(tie_embeddings=tied)
     shapes = {n: shape for n, shape in parameter_shapes(spec).items() if not n.endswith("expert_bias")}
     seen = {name: torch.zeros(shape, dtype=torch.int32) for name, shape in shapes.items()}
     for rank in range(layout.world_size):
         place = layout.coordinate(rank)
         owned = slices_of(spec, layout, place)
-        for plan in plan_flats(owned, layout, place, tied=tied_names(spec), bucket_elements=bucket_elements):
+        for plan in plan_flats(owned, layout, place, tied=tied_names(spec), shard_elements=shard_elements):
             for portion in plan.portions():
                 values = torch.arange(portion.size)
                 views = [values[box.elements].view(box.shape)[box.within] for box in plan.boxes(portion)]
@@ -68,18 +68,19 @@ def test_over_all_ranks_every_element_is_saved_once(layout: Layout, tied: bool, 
 
 @given(layouts(), st.sampled_from([1, 500, 4096, 10**9]))
 @settings(max_examples=25, deadline=None)
-def test_plan_of_the_buffers(layout: Layout, bucket_elements: int) -> None:
+def test_plan_of_the_buffers(layout: Layout, shard_elements: int) -> None:
     """Buckets fill the buffer, shards are equal and aligned, and what is partial lies first."""
     spec = zero_spec()
     for rank in range(layout.world_size):
         place = layout.coordinate(rank)
         for plan in plan_flats(
-            slices_of(spec, layout, place), layout, place, tied=tied_names(spec), bucket_elements=bucket_elements
+            slices_of(spec, layout, place), layout, place, tied=tied_names(spec), shard_elements=shard_elements
         ):
             unit = ALIGNMENT * plan.num_shards
+            most = max(shard_elements, ALIGNMENT) * (UNDIVIDED if plan.num_shards == 1 else 1)
             assert [bucket.start for bucket in plan.buckets[1:]] == [bucket.stop for bucket in plan.buckets[:-1]]
             assert (plan.buckets[0].start, plan.buckets[-1].stop) == (0, plan.size) and plan.size % unit == 0
-            assert all(bucket.stop - bucket.start <= max(bucket_elements, unit) for bucket in plan.buckets)
+            assert all(bucket.state.stop - bucket.state.start <= most for bucket in plan.buckets)
             assert plan.buckets[-1].state.stop == plan.state_size == plan.size // plan.num_shards
             ends = [start + item.num_elements for start, item in zip(plan.offsets, plan.slices, strict=True)]
             assert all(end <= start for end, start in zip(ends, (*plan.offsets[1:], plan.size), strict=True))
@@ -88,7 +89,7 @@ def test_plan_of_the_buffers(layout: Layout, bucket_elements: int) -> None:
 
 
 def train_and_save(spec: ModelSpec, layout: Layout, weights: torch.dtype) -> bytes:
-    world = World(spec, layout, weights=weights, bucket_bytes=2048)
+    world = World(spec, layout, weights=weights, shard_bytes=2048)
     for step in range(2):
         world.backward(step, micros=1)
         world.zero.update(0.01, float(world.zero.gradient_norm()))
@@ -176,11 +177,11 @@ def told_bytes(spec: ModelSpec, layout: Layout) -> None:
 
 
 def hold_bytes(spec: ModelSpec, layout: Layout, weights: torch.dtype, gradients: torch.dtype) -> None:
-    world = World(spec, layout, weights=weights, gradients=gradients, bucket_bytes=3000)
+    world = World(spec, layout, weights=weights, gradients=gradients, shard_bytes=3000)
     place = world.mesh.coordinate
     said = zero_bytes(
         slices_of(spec, layout, place), layout, place, tied=tied_names(spec), weight_bytes=weights.itemsize,
-        gradient_bytes=gradients.itemsize, bucket_bytes=3000,
+        gradient_bytes=gradients.itemsize, shard_bytes=3000,
     )  # fmt: skip
     assert world.zero.allocated() == said
     views = [parameter.untyped_storage().data_ptr() for parameter, _ in world.items().values()]
