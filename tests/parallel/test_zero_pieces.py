@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 
@@ -215,3 +217,8 @@ def test_on_the_meta_device_it_has_sizes_only() -> None:
     said = zero_bytes(owned, layout, place, tied=tied_names(spec), weight_bytes=4, gradient_bytes=2)
     assert zero.allocated() == said and said.weights == 2 * said.gradients > 0
     assert all(piece.tensor.is_meta for piece in zero.pieces())
+
+
+def test_plan_and_formula_need_no_torch() -> None:
+    code = "import sys, skymoe.parallel.memory; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
