@@ -5,10 +5,11 @@
 1. *Bytes and time.* One MoE layer (experts included, router and attention not) on real gloo ranks over loopback, 2 x 2
    and 2 x 4 (dp x tp). Bytes are counted from the tensors handed to torch.distributed and must equal the formula of
    spec/traffic.py, with the loads that the tokens really have. Times are medians of interleaved rounds, of the slowest
-   rank; dispatch and combine, forward, and forward with backward.
+   rank.
 2. *A slow link.* 2 x 2 ranks, each in a network namespace with its own speed limit (benchmarks/slow_link.py), and each
-   with an emulated accelerator: instead of multiplying, the experts sleep for a time in proportion to their rows (twice
-   that in the backward pass), because four ranks cannot multiply at the same time on fewer cores. Rows, links, gloo and
+   with an emulated accelerator, because four ranks cannot multiply at the same time on fewer cores: for each row, the
+   experts sleep for the time in which the link sends three rows, and twice that in the backward pass. (At the paper's
+   scale it would be 31 rows: 7.4 ms of experts beside 0.7 ms of mode G. Our links are slow.) Rows, links, gloo and
    autograd are real. First without a limit, then with it: one thing after the other (`overlap=False`), with metadata
    beside other work, and in 4 chunks, one travelling while another is multiplied.
 
@@ -45,7 +46,7 @@ from skymoe.spec.traffic import DispatchShape, dispatch_bytes
 
 SHAPE = DispatchShape(num_tokens=1024, hidden_size=256, itemsize=4, num_experts=16, top_k=2)
 WIDTH = 512  # of each expert
-SECONDS_PER_ROW = 60e-6  # of the emulated accelerator, forward
+ROWS_PER_ROW = 3  # the emulated accelerator multiplies a row in the time in which its link sends three
 PAPER = DispatchShape(num_tokens=8192, hidden_size=4608, itemsize=2, num_experts=16, top_k=2)
 WAYS = tuple(product(ExpertAxis, DispatchMode))
 
@@ -90,7 +91,7 @@ def play_rank(rank: int, dp: int, tp: int, rounds: int, megabits: float | None, 
             if megabits is not None:
                 slow_link.limit(setting.megabits)
             for expert, mode in WAYS:
-                row = measure(layout_of(dp, tp, expert, mode), setting, megabits is not None)
+                row = measure(layout_of(dp, tp, expert, mode), setting, megabits)
                 kept = found.setdefault(f"{expert} {mode} {setting.name}", {"forward": [], "both": []})
                 if number:
                     kept["forward"].append(row.pop("forward"))
@@ -101,7 +102,7 @@ def play_rank(rank: int, dp: int, tp: int, rounds: int, megabits: float | None, 
     dist.destroy_process_group()
 
 
-def measure(layout: Layout, setting: Setting, on_link: bool) -> dict[str, float]:
+def measure(layout: Layout, setting: Setting, megabits: float | None) -> dict[str, float]:
     """One forward and backward pass of the layer, and what they sent."""
     import torch
     import torch.distributed as dist
@@ -123,14 +124,14 @@ def measure(layout: Layout, setting: Setting, on_link: bool) -> dict[str, float]
     )
     x_ND = torch.randn(SHAPE.num_tokens, SHAPE.hidden_size, generator=draw)[own.start : own.stop].requires_grad_()
     logits = torch.randn(SHAPE.num_tokens, SHAPE.num_experts, generator=draw)[own.start : own.stop].requires_grad_()
-    experts = sleeping_experts(layout) if on_link else real_experts(layout, mesh.coordinate)
+    experts = sleeping_experts(layout, megabits) if megabits else real_experts(layout, mesh.coordinate)
     routing = route(logits, top_k=SHAPE.top_k)
     loads = gather_counts(count_assignments(routing.expert_ids_TK, SHAPE.num_experts), mesh.dp_tp).tolist()
     dist.barrier()
-    wire, start = slow_link.bytes_sent() if on_link else 0, time.perf_counter()
+    wire, start = slow_link.bytes_sent() if megabits else 0, time.perf_counter()
     y_ND = routed_experts(dispatcher, experts, x_ND, routing)
     forward = time.perf_counter() - start
-    if on_link:
+    if megabits:
         dist.barrier()
         wire, start = slow_link.bytes_sent() - wire, time.perf_counter() - forward
     y_ND.backward(torch.ones_like(y_ND))
@@ -158,21 +159,22 @@ def real_experts(layout: Layout, place: Coordinate) -> Any:
     return lambda x_RD, ends_E: expert_swiglu(x_RD, gate_up, down, ends_E, ExpertsBackend.GROUPED)
 
 
-def sleeping_experts(layout: Layout) -> Any:
+def sleeping_experts(layout: Layout, megabits: float) -> Any:
     """An accelerator that needs the same time for each row (under etp a part of it) and returns the rows."""
     import torch
 
-    share = layout.tp if layout.expert is ExpertAxis.ETP else 1
+    row_bits = 8 * SHAPE.hidden_size * SHAPE.itemsize
+    per_row = ROWS_PER_ROW * row_bits / (megabits * 1e6) / (layout.tp if layout.expert is ExpertAxis.ETP else 1)
 
     class Accelerator(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, x_RD: Any) -> Any:
-            time.sleep(x_RD.shape[0] * SECONDS_PER_ROW / share)
+            time.sleep(x_RD.shape[0] * per_row)
             return x_RD.clone()
 
         @staticmethod
         def backward(ctx: Any, grad_RD: Any) -> Any:
-            time.sleep(2 * grad_RD.shape[0] * SECONDS_PER_ROW / share)
+            time.sleep(2 * grad_RD.shape[0] * per_row)
             return grad_RD.clone()
 
     return lambda x_RD, ends_E: Accelerator.apply(x_RD)
