@@ -31,6 +31,7 @@ class Clock:
         self._marks: list[tuple[int, PassKind, int, Mark, Mark]] = []
         self._begin: Mark = 0.0
         self._end: Mark = 0.0
+        self._met: Mark = 0.0
 
     def mark(self) -> Mark:
         """Now."""
@@ -49,6 +50,10 @@ class Clock:
         """The step is over, waiting included."""
         self._end = self.mark()
 
+    def meet(self) -> None:
+        """All ranks are here: they leave a sum over the world that followed the step."""
+        self._met = self.mark()
+
     def add(self, stage: int, kind: PassKind, micro: int, start: Mark) -> None:
         """A pass that began at `start` ends now."""
         self._marks.append((stage, kind, micro, start, self.mark()))
@@ -65,6 +70,11 @@ class Clock:
             for stage, kind, micro, start, end in self._marks
         ]
         return Timeline.of(spans, self._seconds(self._end))
+
+    @property
+    def until_meeting_s(self) -> float:
+        """Seconds from the start of the step to the meeting after it."""
+        return self._seconds(self._met)
 
     def _seconds(self, mark: Mark) -> float:
         if isinstance(mark, float):

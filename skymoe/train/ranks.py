@@ -100,6 +100,7 @@ class RanksEngine:
     def gradients(self, batch: StepBatch, objective: Objective, alpha_L: Sequence[float]) -> StepSums:
         settle = self.optimizer.settle
         sums, self._last = gradients(self.division, self.pipeline, batch, objective, alpha_L, settle)
+        self.pipeline.clock.meet()  # what is counted has just been summed over the world
         return sums
 
     def gate_figures(self, sums: StepSums) -> list[RouterMetrics]:
@@ -158,7 +159,7 @@ class RanksEngine:
         restore_rng({name: state for name in sliced.names("rng") if (state := sliced.read("rng", name)) is not None})
 
     def timeline(self) -> Timeline | None:
-        return whole_timeline(self.pipeline.clock.timeline(), self.mesh)
+        return whole_timeline(self.pipeline.clock, self.mesh)
 
     def busy(self) -> dict[str, float]:
         seconds: dict[str, float] = {}
