@@ -20,6 +20,11 @@ LONG_RUN = 2**16  # bytes that lie together: worth a read of their own
 Words = NDArray[Any]
 
 
+def view_of(words: Words, box: Box) -> Words:
+    """The elements of `box`, not copied; the box of a scalar gives an array too."""
+    return words[(..., *slices_of(box))]  # type: ignore[arg-type]  # numpy's stubs do not know it
+
+
 def slices_of(box: Box) -> tuple[slice, ...]:
     """A box as numpy takes it."""
     return tuple(slice(start, stop) for start, stop in box)

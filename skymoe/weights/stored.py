@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from skymoe.base.errors import CheckpointError
-from skymoe.weights.boxes import Source, Words, read_box, slices_of
+from skymoe.weights.boxes import Source, Words, read_box, view_of
 from skymoe.weights.header import CHUNK_BYTES, TensorInfo
 from skymoe.weights.manifest import FileRecord, TensorRecord, stem_of, whole_name
 from skymoe.weights.slices import Box, flat_boxes, intersect, shifted, volume
@@ -77,7 +77,7 @@ class StoredTensor:
         for piece in self.pieces:
             shared = intersect(piece.box, box)
             if shared is not None:
-                self._read_piece(piece, shared, out[(..., *slices_of(shifted(shared, origin)))])
+                self._read_piece(piece, shared, view_of(out, shifted(shared, origin)))
                 missing -= volume(shared)
         if missing:
             raise CheckpointError(
