@@ -78,11 +78,11 @@ class Division:
             message[0] = loss
         if self.counts_here:
             message[1] = z
-            rows = message[2:].view(count, -1)
+            rows = message[2:].view(count, 3 * experts + 1)
             for index, totals in totals_here.items():
                 rows[index] = _flat(totals)
         summed = sum_forward(message, self.mesh.world)
-        return summed[0], summed[1], [_from_flat(row) for row in summed[2:].view(count, -1)] if count else []
+        return summed[0], summed[1], [_from_flat(row) for row in summed[2:].view(count, 3 * experts + 1)]
 
 
 def _flat(totals: GateTotals) -> Tensor:

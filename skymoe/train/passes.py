@@ -133,6 +133,8 @@ def gradients(
 def gate_figures(division: Division, done: Pass) -> list[RouterMetrics]:
     """Every layer's gate in the last micro-batch of all replicas: means over their tokens."""
     count, width = len(division.moe_index), len(RouterMetrics._fields)
+    if not count:
+        return []
     message = torch.zeros(count, width + 1, dtype=torch.float64, device=division.mesh.device)
     if division.counts_here:
         for index, (routing, valid_N) in done.gates.items():

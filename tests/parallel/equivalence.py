@@ -10,6 +10,7 @@ neither modules nor optimizer nor schedule with the divided one.
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -156,24 +157,30 @@ def reference(capacity: str, spec: ModelSpec = SPEC) -> dict[str, Any]:
 
 def compare(case: Case, spec: ModelSpec = SPEC) -> dict[str, Any]:
     """The worst relative errors of a case: loss, any gradient, weight or moment (by norm of the tensor), alpha."""
-    expected, found = reference(case.capacity, spec), run_ranks(case.world_size, on_rank, case, spec)
-    first = found[0]
+    return errors(case, run_ranks(case.world_size, on_rank, case, spec), spec)
+
+
+def errors(case: Case, found: list[dict[str, Any]], spec: ModelSpec = SPEC) -> dict[str, Any]:
+    """What the ranks of a case found, against one process."""
+    expected, first = reference(case.capacity, spec), found[0]
     for other in found[1:]:
         for key in ("loss", "norm", "drop", "alpha", "gates"):
             assert other[key] == first[key], f"ranks differ in {key}"
     gradients = _errors(expected["moments"], [one["moments"] for one in found], "/exp_avg")
-    weights = _errors(expected["state"], [one["state"] for one in found], "")
+    after = _errors(expected["state"], [one["state"] for one in found], "")
+    weights = {name: error for name, error in after.items() if "/" not in name}
     return {
         "case": case,
+        "moments": max(error for name, error in after.items() if "/" in name),
         "loss": max(_relative(a, b) for a, b in zip(first["loss"], expected["loss"], strict=True)),
         "norm": max(_relative(a, b) for a, b in zip(first["norm"], expected["norm"], strict=True)),
-        "gradient": max(gradients.values()),
-        "gradient_name": max(gradients, key=lambda name: gradients[name]),
+        "gradients": max(gradients.values()),
+        "gradients_name": max(gradients, key=lambda name: gradients[name]),
         "weights": max(weights.values()),
         "weights_name": max(weights, key=lambda name: weights[name]),
-        "alpha": max(_relative(a, b) for a, b in zip(first["alpha"], expected["alpha"], strict=True)),
+        "alpha": max((_relative(a, b) for a, b in zip(first["alpha"], expected["alpha"], strict=True)), default=0.0),
         "drop": max(
-            abs(a - b) for x, y in zip(first["drop"], expected["drop"], strict=True) for a, b in zip(x, y, strict=True)
+            (abs(a - b) for a, b in zip(chain(*first["drop"]), chain(*expected["drop"]), strict=True)), default=0.0
         ),
     }
 
