@@ -53,7 +53,7 @@ from skymoe.spec.layout import Layout
 from skymoe.spec.model import Architecture, GateNormSpec, ModelSpec, MoESpec
 from skymoe.spec.split import Split
 
-PP, NUM_MICRO, TOKENS = 2, 8, 256
+PP, NUM_MICRO, TOKENS = 2, 8, 128
 SPEC = ModelSpec(
     architecture=Architecture.SKYMOE, vocab_size=65536, hidden_size=256, num_layers=16, ffn_size=1024, num_heads=4,
     num_kv_heads=4, head_dim=64, max_position=TOKENS,
@@ -152,7 +152,7 @@ def make_part(mesh: Mesh) -> Part:
     return next(iter(parts.values()))
 
 
-def timed(run: Callable[[], Tensor], repeats: int = 7) -> tuple[float, float]:
+def timed(run: Callable[[], Tensor], repeats: int = 5) -> tuple[float, float]:
     """Median seconds of this thread in forward and in backward: what others do on the machine does not count."""
     times: list[tuple[float, float]] = []
     for _ in range(repeats + 2):
