@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from skymoe.parallel.flat import Flat
-from skymoe.parallel.shards import Bucket, FlatPlan, Portion
+from skymoe.parallel.shards import Bucket, Portion
 
 _PART_CPU, _PART = 1 << 16, 1 << 24
 
@@ -69,7 +69,7 @@ class ShardState:
         self.exp_avg_sq = torch.zeros(size, dtype=wide, device=device)
         self.master = torch.zeros(size, dtype=wide, device=device) if is_narrow else None
         self._calls = _calls(self.portions, groups)
-        self._counted = _counted_runs(flat.plan, self.portions)
+        self._counted = flat.plan.counted()
         self.master_from_weights()
 
     def master_from_weights(self) -> None:
@@ -127,22 +127,8 @@ def _calls(portions: Sequence[Portion], groups: Sequence[GroupSettings]) -> dict
     """Which portions go into one call, by bucket and group. `groups` is by parameter of the flat."""
     found: dict[int, dict[GroupSettings, list[int]]] = {}
     for number, portion in enumerate(portions):
-        found.setdefault(portion.bucket, {}).setdefault(groups[portion.index], []).append(number)
+        found.setdefault(portion.bucket, {}).setdefault(groups[portion.parameter], []).append(number)
     return found
-
-
-def _counted_runs(plan: FlatPlan, portions: Sequence[Portion]) -> list[slice]:
-    """Ranges of the flat that this rank counts; neighbours are one range, as the padding between them is zero."""
-    runs: list[slice] = []
-    last = None
-    for portion in portions:
-        if plan.counts(portion):
-            place = plan.place(portion)
-            if last is not None and last + 1 == portion.index and plan.buckets[portion.bucket].own.start < place.start:
-                place = slice(runs.pop().start, place.stop)
-            runs.append(place)
-        last = portion.index if plan.counts(portion) else None
-    return runs
 
 
 def _squares(values: Tensor) -> Tensor:

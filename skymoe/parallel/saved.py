@@ -44,7 +44,7 @@ def pieces(flat: Flat, state: ShardState) -> Iterator[SavedPiece]:
     for number, portion in enumerate(state.portions):
         if not flat.plan.counts(portion):
             continue
-        item = flat.plan.slices[portion.index]
+        item = flat.plan.slices[portion.parameter]
         for stem, suffix, values in _tensors(flat, state, portion):
             for box, view in _views(flat, portion, values):
                 yield SavedPiece(stem, item.name + suffix, item.whole_shape, box, view)
@@ -59,7 +59,7 @@ def restore(flat: Flat, state: ShardState, read: Read) -> None:
         CheckpointError: weights are missing, or values are not what was asked for.
     """
     for number, portion in enumerate(state.portions):
-        name = flat.plan.slices[portion.index].name
+        name = flat.plan.slices[portion.parameter].name
         tensors = {suffix: (stem, values) for stem, suffix, values in _tensors(flat, state, portion)}
         found = {
             suffix: _fill(flat, portion, read, stem, name + suffix, values)

@@ -45,13 +45,13 @@ class Portion(NamedTuple):
     """Elements of one parameter in one shard.
 
     Attributes:
-        index: of the parameter in the flat.
+        parameter: its place in the flat.
         bucket: index of the bucket.
         start: the first element, counted in the rank's tensor in row-major order.
         state: where the elements lie in the rank's state of the flat.
     """
 
-    index: int
+    parameter: int
     bucket: int
     start: int
     state: slice
@@ -114,11 +114,11 @@ class FlatPlan:
 
     def counts(self, portion: Portion) -> bool:
         """Whether this rank counts the portion in sums over all ranks, and saves it."""
-        return self.is_counted and (self.counts_replicated or not self.slices[portion.index].replicated)
+        return self.is_counted and (self.counts_replicated or not self.slices[portion.parameter].replicated)
 
     def place(self, portion: Portion) -> slice:
         """Where the portion lies in the whole buffer."""
-        start = self.offsets[portion.index] + portion.start
+        start = self.offsets[portion.parameter] + portion.start
         return slice(start, start + portion.size)
 
     def portions(self) -> tuple[Portion, ...]:
@@ -133,9 +133,25 @@ class FlatPlan:
                     found.append(Portion(index, number, start - begin, slice(at, at + stop - start)))
         return tuple(found)
 
+    def counted(self) -> list[slice]:
+        """Ranges of the buffer that this rank counts; neighbours are one, as the padding between them is zero."""
+        runs: list[slice] = []
+        before: tuple[int, int] | None = None
+        for portion in self.portions():
+            key = (portion.bucket, portion.parameter)
+            place = self.place(portion)
+            if not self.counts(portion):
+                before = None
+                continue
+            if before == (key[0], key[1] - 1):  # of another bucket, other ranks' shards would lie between
+                place = slice(runs.pop().start, place.stop)
+            runs.append(place)
+            before = key
+        return runs
+
     def boxes(self, portion: Portion) -> Iterator[PortionBox]:
         """The portion as boxes of the whole tensor."""
-        item = self.slices[portion.index]
+        item = self.slices[portion.parameter]
         at = 0
         for local in flat_boxes(item.shape, portion.start, portion.start + portion.size):
             size, shape = volume(local), tuple(end - start for start, end in local)

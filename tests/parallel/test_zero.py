@@ -76,7 +76,7 @@ def reference_step(
 def hold_moments(world: World, adamw: torch.optim.AdamW, copies: dict[str, nn.Parameter]) -> None:
     for flat, state in world.zero._flats:
         for number, portion in enumerate(state.portions):
-            found = adamw.state[copies[flat.plan.slices[portion.index].name]]
+            found = adamw.state[copies[flat.plan.slices[portion.parameter].name]]
             part = slice(portion.start, portion.start + portion.size)
             assert torch.equal(state.exp_avg[portion.state], found["exp_avg"].flatten()[part])
             assert torch.equal(state.exp_avg_sq[portion.state], found["exp_avg_sq"].flatten()[part])

@@ -62,7 +62,7 @@ def test_over_all_ranks_every_element_is_saved_once(layout: Layout, tied: bool, 
                 views = [values[box.elements].view(box.shape)[box.within] for box in plan.boxes(portion)]
                 assert torch.equal(torch.cat([view.reshape(-1) for view in views]).sort().values, values)
                 for box, view in zip(plan.boxes(portion), views, strict=True):
-                    target = seen[plan.slices[portion.index].name][box_index(box.whole)]
+                    target = seen[plan.slices[portion.parameter].name][box_index(box.whole)]
                     assert target.shape == view.shape
                     target += plan.counts(portion)
     assert all(bool((count == 1).all()) for count in seen.values())
@@ -88,6 +88,14 @@ def test_plan_of_the_buffers(layout: Layout, shard_elements: int) -> None:
             assert all(end <= start for end, start in zip(ends, (*plan.offsets[1:], plan.size), strict=True))
             for item, start in zip(plan.slices, plan.offsets, strict=True):
                 assert item.partial == (start < plan.num_partial) and start % ALIGNMENT == 0
+            padding = set(range(plan.size)).difference(*map(range, plan.offsets, ends))
+            own = {at for item in plan.portions() if plan.counts(item) for at in range_of(plan.place(item))}
+            runs = [at for run in plan.counted() for at in range_of(run)]
+            assert own <= set(runs) <= own | padding and len(runs) == len(set(runs))
+
+
+def range_of(part: slice) -> range:
+    return range(part.start, part.stop)
 
 
 def train_and_save(spec: ModelSpec, layout: Layout, weights: torch.dtype) -> bytes:
