@@ -10,7 +10,7 @@ Shapes: B sequences, T tokens each, N = B T, D model; x_ND has this rank's rows 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -141,11 +141,17 @@ class Part(nn.Module):
 
     def routers(self) -> dict[int, Router]:
         """The router of each MoE layer that has its feed-forward here, by the layer's global id."""
-        return {int(name): layer.moe.router for name, layer in self.layers.items() if layer.moe is not None}
+        return {layer: moe.router for layer, moe in self._moes()}
 
     def experts(self) -> dict[int, Experts]:
         """This rank's experts of the same layers."""
-        return {int(name): layer.moe.experts for name, layer in self.layers.items() if layer.moe is not None}
+        return {layer: moe.experts for layer, moe in self._moes()}
+
+    def _moes(self) -> Iterator[tuple[int, ShardedMoE]]:
+        for name, layer in self.layers.items():
+            assert isinstance(layer, ShardedLayer)
+            if layer.moe is not None:
+                yield int(name), layer.moe
 
     @property
     def head_weight(self) -> Tensor:

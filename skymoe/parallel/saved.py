@@ -8,7 +8,6 @@ optimizer   <parameter>/exp_avg, /exp_avg_sq; /step, a scalar, from the rank tha
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 from torch import Tensor
 
@@ -16,27 +15,10 @@ from skymoe.base.errors import CheckpointError
 from skymoe.parallel.adamw import ShardState
 from skymoe.parallel.flat import Flat
 from skymoe.parallel.shards import Portion
+from skymoe.weights.pieces import SavedPiece
 from skymoe.weights.slices import Box
 
 Read = Callable[[str, str, Box], Tensor | None]
-
-
-class SavedPiece(NamedTuple):
-    """A part of a tensor of the checkpoint.
-
-    Attributes:
-        stem: of the file: "model" or "optimizer".
-        name: of the tensor: a parameter's, or `<parameter>/exp_avg`, `/exp_avg_sq`, `/step`, `/master`.
-        whole_shape: of the whole tensor.
-        box: which part of it; () for the scalar `/step`.
-        tensor: its values, a view (maybe not contiguous) that the next `update` changes.
-    """
-
-    stem: str
-    name: str
-    whole_shape: tuple[int, ...]
-    box: Box
-    tensor: Tensor
 
 
 def pieces(flat: Flat, state: ShardState) -> Iterator[SavedPiece]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from skymoe.model.attention import Attention
 from skymoe.model.linear import RMSNorm
@@ -41,7 +41,7 @@ def sharded_attention(spec: ModelSpec, mesh: Mesh, layer: int) -> Attention:
     attention = Attention(replace(spec, num_heads=heads, num_kv_heads=groups, o_bias=o_bias), layer)
     if spec.qk_norm is QkNorm.FULL and mesh.tp.size > 1:
 
-        def norm(own: int, all_heads: int) -> nn.Module:
+        def norm(own: int, all_heads: int) -> RMSNorm:
             return ShardedRMSNorm(own * spec.head_dim, all_heads * spec.head_dim, spec.norm_eps, mesh.tp)
 
         attention.q_norm, attention.k_norm = norm(heads, spec.num_heads), norm(groups, spec.num_kv_heads)

@@ -29,8 +29,9 @@ from skymoe.parallel.adamw import AdamWSettings, GroupSettings, ShardState
 from skymoe.parallel.flat import Flat
 from skymoe.parallel.memory import ZeroBytes
 from skymoe.parallel.mesh import Mesh
-from skymoe.parallel.saved import Read, SavedPiece, pieces, restore
+from skymoe.parallel.saved import Read, pieces, restore
 from skymoe.parallel.shards import SHARD_BYTES, Bucket, plan_flats
+from skymoe.weights.pieces import SavedPiece
 from skymoe.weights.slices import Slice
 
 
