@@ -19,6 +19,7 @@ import torch.distributed as dist
 from skymoe.base.errors import MachineError, SkymoeError, printable
 from skymoe.parallel.heartbeat import Beat, Heartbeat, read_beats
 from skymoe.parallel.launch import World
+from skymoe.parallel.sockets import own_connection
 
 _INTERVALS_OF_SILENCE = 2.5  # after which a rank counts as silent
 _VERDICT = "failed/first"
@@ -72,7 +73,7 @@ def explain(error: BaseException, world: World, heart: Heartbeat) -> BaseExcepti
         if is_loss_of_others(error):
             return _of_others(error, world, own)
         verdict = Failure(world.rank, f"{own.who} failed in {own.where}: {_reason(error)}", world.rank)
-        leave_word(world.store.clone(), verdict)
+        leave_word(own_connection(world.store), verdict)
     except (dist.DistError, RuntimeError):  # the store is gone too
         if is_loss_of_others(error):
             return MachineError(f"{own.who} lost the others in {own.where}", why=_reason(error))
@@ -83,7 +84,7 @@ def explain(error: BaseException, world: World, heart: Heartbeat) -> BaseExcepti
 
 def _of_others(error: BaseException, world: World, own: Beat) -> MachineError:
     assert world.store is not None
-    verdict = find_culprit(world.store.clone(), world)
+    verdict = find_culprit(own_connection(world.store), world)
     if verdict is None:
         return MachineError(f"{own.who} lost the others in {own.where}", why=_reason(error))
     # without the rank that says so: from many ranks the same words are shown once
@@ -129,7 +130,7 @@ def silent_ranks(before: dict[int, Beat], after: dict[int, Beat], world: World) 
     silent = []
     for rank in range(world.size):
         beat = after.get(rank, never._replace(rank=rank))
-        if rank != world.rank and before.get(rank, never).count == beat.count:
+        if rank != world.rank and before.get(rank, never).told == beat.told:
             silent.append(beat)
     return silent
 

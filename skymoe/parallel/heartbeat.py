@@ -35,7 +35,7 @@ class Beat(NamedTuple):
         waits: whether in that phase it waits for others.
         seconds: how long it had been doing it.
         wall: its clock when it said so (seconds since 1970).
-        count: how often it has said anything; what grows, lives.
+        told: how often it has said anything; what grows, lives.
     """
 
     rank: int
@@ -45,7 +45,7 @@ class Beat(NamedTuple):
     waits: bool
     seconds: float
     wall: float
-    count: int
+    told: int
 
     @property
     def who(self) -> str:

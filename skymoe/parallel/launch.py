@@ -59,7 +59,7 @@ class World:
         local_rank: among the ranks of this machine.
         device: of its tensors.
         store: where ranks leave each other small messages; None in a world of one. Not for two threads at once: a
-            thread of its own takes a `store.clone()`.
+            thread of its own takes an `own_connection`.
         is_distributed: whether torch.distributed is initialised.
     """
 

@@ -18,6 +18,7 @@ import uuid
 from collections.abc import MutableMapping
 from datetime import timedelta
 from ipaddress import ip_address
+from typing import Any
 
 import torch.distributed as dist
 
@@ -83,6 +84,12 @@ def muster(store: dist.Store, rank: int, size: int, *, timeout_s: float) -> dist
     return dist.PrefixStore(f"attempt/{attempt}", store)
 
 
+def own_connection(store: Any) -> dist.Store:
+    """A second connection to the same store: for a thread of its own. (torch's stubs know no `clone`, hence Any.)"""
+    connection: dist.Store = store.clone()
+    return connection
+
+
 def attempt_of(store: dist.Store) -> str:
     """The attempt that was called out last; empty before the first."""
     return str(json.loads(store.get("muster/list"))[0]) if store.check(["muster/list"]) else ""
@@ -102,7 +109,7 @@ def _call_out(store: dist.Store, size: int, deadline: float) -> str:
                 store.set("muster/list", json.dumps([attempt, words]))
             missing = [rank for rank in range(1, size) if not store.check([f"muster/{attempt}/{words[rank]}"])]
             if not missing:
-                store.set(f"muster/{attempt}/all", b"1")
+                store.set(f"muster/{attempt}/all", "1")
                 return attempt
         if time.monotonic() > deadline:
             raise _nobody_came(missing)
@@ -117,7 +124,7 @@ def _hear(store: dist.Store, rank: int, own: str, deadline: float) -> str:
             attempt, words = json.loads(store.get("muster/list"))
             if len(words) > rank and words[rank] == own:
                 if attempt != answered:
-                    store.set(f"muster/{attempt}/{own}", b"1")
+                    store.set(f"muster/{attempt}/{own}", "1")
                     answered = attempt
                 if store.check([f"muster/{attempt}/all"]):
                     return str(attempt)

@@ -35,6 +35,7 @@ from skymoe.parallel.failure import (
 )  # fmt: skip
 from skymoe.parallel.heartbeat import Beat, Heartbeat, publish, read_beats
 from skymoe.parallel.launch import World
+from skymoe.parallel.sockets import own_connection
 from skymoe.spec.layout import Coordinate
 
 EXIT_CODE = 3
@@ -58,7 +59,7 @@ def watching(world: World, *, timeout_s: float, coordinate: Coordinate | None = 
     if world.store is None:
         yield heart
         return
-    watch = _Watch(world, world.store.clone(), heart, timeout_s)
+    watch = _Watch(world, own_connection(world.store), heart, timeout_s)
     watch.start()
     try:
         yield heart

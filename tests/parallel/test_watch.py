@@ -55,7 +55,7 @@ def test_a_heartbeat_tells_phase_step_and_age_and_counts_busy_time():
     assert set(busy) == {"start", "forward, micro-batch 2"}
     assert busy["forward, micro-batch 2"] >= 0.03
     assert heart.busy() == {}
-    assert heart.beat().count == told.count + 1
+    assert heart.beat().told == told.told + 1
 
 
 def test_beats_pass_through_the_store():
@@ -90,7 +90,7 @@ def test_blame():
 def test_the_silent_are_those_whose_count_stands_still():
     world = world_of(0, 4)
     before = {rank: beat(rank, 1, "forward", 1) for rank in (0, 1, 2)}
-    after = {0: before[0], 1: before[1]._replace(count=6), 2: before[2]}
+    after = {0: before[0], 1: before[1]._replace(told=6), 2: before[2]}
     assert [one.rank for one in silent_ranks(before, after, world)] == [2, 3]  # not itself; one that never spoke
 
 
