@@ -1,6 +1,6 @@
 """Dispatch side by side: EDP, EP and ETP in modes R, G and A, at equal devices; bytes, times, exposed communication.
 
-    python benchmarks/dispatch.py [--rounds 5] [--megabits 400]
+    python benchmarks/dispatch.py [--rounds 5] [--megabits 300]
 
 1. *Bytes and time.* One MoE layer (experts included, router and attention not) on real gloo ranks over loopback, 2 x 2
    and 2 x 4 (dp x tp). Bytes are counted from the tensors handed to torch.distributed and must equal the formula of
@@ -280,7 +280,7 @@ def main() -> None:
     """Run both parts, print the tables, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--megabits", type=float, default=400.0, help="speed of each rank's link")
+    parser.add_argument("--megabits", type=float, default=300.0, help="speed of each rank's link")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/dispatch.json"))
     arguments = parser.parse_args()
     result: dict[str, Any] = {

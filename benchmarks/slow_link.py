@@ -61,7 +61,7 @@ def limit(megabits: float | None) -> None:
     """The speed of the link of the namespace in which this process runs; None for no limit."""
     subprocess.run(["tc", "qdisc", "del", "dev", DEVICE, "root"], stderr=subprocess.DEVNULL, check=False)
     if megabits is not None:
-        bucket = ("rate", f"{megabits}mbit", "burst", "128kb", "limit", "64mb")
+        bucket = ("rate", f"{megabits}mbit", "burst", "32kb", "limit", "64mb")
         _do("tc", "qdisc", "add", "dev", DEVICE, "root", "tbf", *bucket)
 
 
