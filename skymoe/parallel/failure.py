@@ -109,14 +109,19 @@ def find_culprit(store: dist.Store, world: World) -> Failure | None:
 
 
 def last_seen(beat: Beat) -> str:
-    """Of a rank that is silent: for how long, and its last word, which may be a second older than its end."""
+    """Of a rank that is silent: for how long, and its last word, which may be a little older than its end."""
     ago = max(time.time() - beat.wall, 0.0)
     return f"{beat.who} gives no sign of life for {ago:.0f} s; it was last in {beat.where}"
 
 
 def interval_s(world: World) -> float:
-    """Seconds between two signs of life: many ranks speak less often, the store hears 500 words a second at most."""
+    """Seconds in which a rank speaks at least once: many ranks speak less often, the store hears 500 words a second."""
     return max(1.0, world.size / 500)
+
+
+def pause_s(world: World) -> float:
+    """The shortest time between two words of a rank, however often its phase changes; the same 500 words a second."""
+    return max(0.1, world.size / 500)
 
 
 def silence_s(world: World) -> float:

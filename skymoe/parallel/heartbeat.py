@@ -1,13 +1,14 @@
 """Signs of life: what each rank is doing, for itself and for the others.
 
-The training thread says `phase("forward, micro-batch 2", step=17)` whenever it turns to something else: one assignment,
-no lock, no message. A thread of watch.py publishes the latest word to the store every second. A process that is
+The training thread says `phase("forward, micro-batch 2", step=17)` whenever it turns to something else: an assignment
+and an event, no message. A thread of watch.py publishes the latest word to the store, every second at least. A process that is
 stopped or dead publishes nothing; one that hangs publishes the same phase, with a growing age.
 """
 
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -67,12 +68,17 @@ def named(rank: int, coordinate: Sequence[int] | None) -> str:
 
 
 class Heartbeat:
-    """What this rank is doing. Written by the training thread, read by the watch."""
+    """What this rank is doing. Written by the training thread, read by the watch.
+
+    Attributes:
+        changed: set with every new phase; the watch clears it when it has published.
+    """
 
     def __init__(self, rank: int = 0, coordinate: Coordinate | None = None) -> None:
         self.rank = rank
         self.coordinate = coordinate
         self._now = _Phase("start", 0, time.monotonic(), False)
+        self.changed = threading.Event()
         self._busy: dict[str, float] = {}
         self._count = 0
 
@@ -88,6 +94,7 @@ class Heartbeat:
         if not before.waits:
             self._busy[before.name] = self._busy.get(before.name, 0.0) + now - before.began
         self._now = _Phase(name, step, now, waits)
+        self.changed.set()
 
     def busy(self) -> dict[str, float]:
         """Seconds by phase since the last call, waiting left out; the phase under way counts when it ends."""

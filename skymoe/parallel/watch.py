@@ -2,7 +2,7 @@
 
 Two threads beside the training thread of every rank, so that neither can be held up by what holds up the other:
 
-    post    talks to the store over a connection of its own: publishes this rank's heartbeat every second, looks whether
+    post    talks to the store over a connection of its own: publishes what this rank does when that changes and every second, looks whether
             somebody has failed, and finds out who hangs when it is asked to
     clock   talks to nobody: when the training thread has been in one phase for `timeout_s`, or does not end although
             another rank has failed, it says so and ends the process, with exit code 3
@@ -29,6 +29,7 @@ from skymoe.parallel.failure import (
     interval_s,
     last_seen,
     leave_word,
+    pause_s,
     read_verdict,
     silence_s,
     silent_ranks,
@@ -77,7 +78,6 @@ class _Watch:
     def __init__(self, world: World, store: dist.Store, heart: Heartbeat, timeout_s: float) -> None:
         self.world, self.store, self.heart, self.timeout_s = world, store, heart, timeout_s
         self._ended = threading.Event()
-        self._wake = threading.Event()  # the post has something to do before its time
         self._paused = False
         self._hangs = threading.Event()  # from clock to post: find out who
         self._told = threading.Event()  # from post to clock: this is what is to be said
@@ -97,21 +97,24 @@ class _Watch:
     def stop(self) -> None:
         """The block is over; threads that talk to the store must not outlive it."""
         self._ended.set()
-        self._wake.set()
+        self.heart.changed.set()
         for thread in self._threads:
             thread.join(_MAY_END_S)
 
     def _post(self) -> None:
-        while not self._ended.is_set():
-            self._wake.wait(interval_s(self.world))
-            self._wake.clear()
+        looked = 0.0
+        while not self._ended.wait(pause_s(self.world)):
+            self.heart.changed.wait(interval_s(self.world))
+            self.heart.changed.clear()
             try:
                 publish(self.store, self.heart.beat())
                 if self._hangs.is_set() and not self._told.is_set():
                     self._message = self._find_who_hangs()
                     self._told.set()
-                elif self._verdict is None and (verdict := read_verdict(self.store)):
-                    self._verdict = verdict, time.monotonic()
+                elif time.monotonic() - looked > interval_s(self.world) and self._verdict is None:
+                    looked = time.monotonic()
+                    if verdict := read_verdict(self.store):
+                        self._verdict = verdict, looked
             except RuntimeError as error:  # nobody to talk to any more
                 self._message = f"the store of the run does not answer: {str(error).splitlines()[0]}"
                 self._told.set()
@@ -128,7 +131,7 @@ class _Watch:
 
     def _end_of_a_hang(self) -> None:
         self._hangs.set()
-        self._wake.set()
+        self.heart.changed.set()
         self._told.wait(_POST_ANSWERS_S + silence_s(self.world))
         own = self.heart.beat()
         self._leave(self._message or f"{own.who} hangs in {own.where} for {own.seconds:.0f} s; no word of the others")

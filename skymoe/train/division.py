@@ -66,7 +66,8 @@ class Division:
         if group is None or group.handle is None or not totals:
             return dict(totals)
         summed = sum_forward(torch.stack([_flat(one) for one in totals.values()]), group)
-        return dict(zip(totals, map(_from_flat, summed), strict=True))
+        dtype = next(iter(totals.values())).prob_sum_E.dtype
+        return {layer: _from_flat(row, dtype) for layer, row in zip(totals, summed, strict=True)}
 
     def sum_over_world(
         self, loss: Tensor, z: Tensor, totals_here: Mapping[int, GateTotals]
@@ -82,7 +83,7 @@ class Division:
             for index, totals in totals_here.items():
                 rows[index] = _flat(totals)
         summed = sum_forward(message, self.mesh.world)
-        return summed[0], summed[1], [_from_flat(row) for row in summed[2:].view(count, 3 * experts + 1)]
+        return summed[0], summed[1], [_from_flat(row, torch.float64) for row in summed[2:].view(count, 3 * experts + 1)]
 
 
 def _flat(totals: GateTotals) -> Tensor:
@@ -91,9 +92,9 @@ def _flat(totals: GateTotals) -> Tensor:
     return torch.cat([part.double() for part in parts])
 
 
-def _from_flat(row: Tensor) -> GateTotals:
+def _from_flat(row: Tensor, dtype: torch.dtype) -> GateTotals:
     experts = (row.numel() - 1) // 3
     probs, counts, dropped, tokens = row.split((experts, experts, experts, 1))
     return GateTotals(
-        prob_sum_E=probs.float(), counts_E=counts.long(), num_tokens=tokens[0].long(), dropped_E=dropped.long()
+        prob_sum_E=probs.to(dtype), counts_E=counts.long(), num_tokens=tokens[0].long(), dropped_E=dropped.long()
     )

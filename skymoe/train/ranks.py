@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from skymoe.base.dtype import DType
 from skymoe.base.errors import CheckpointError, ConfigError
 from skymoe.ops.balance import RouterMetrics
 from skymoe.ops.deferred import DeferredWeights
@@ -206,14 +207,14 @@ def _optimizer(parts: Mapping[int, Part], mesh: Mesh, config: TrainConfig) -> Ze
         stage: {name: (parameter, part.slices[name]) for name, parameter in part.named_parameters()}
         for stage, part in parts.items()
     }
-    settings = config.optimizer
+    settings, weights = config.optimizer, torch_dtype(config.precision.weights)
     return ZeroOptimizer(
         own,
         mesh,
         AdamWSettings(betas=settings.betas, eps=settings.eps, clip=settings.clip),
         partial(_group, settings),
         tied={"embed.weight"} if next(iter(parts.values())).spec.tie_embeddings else (),
-        gradients=getattr(torch, config.parallel.gradients),
+        gradients=torch.float64 if weights is torch.float64 else torch_dtype(DType(config.parallel.gradients)),
         overlap=config.parallel.overlap,
     )
 

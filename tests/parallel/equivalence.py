@@ -48,7 +48,7 @@ SPEC = ModelSpec(
 )  # fmt: skip
 
 
-def recipe(case: Case | None, capacity: str, spec: ModelSpec = SPEC) -> TrainConfig:
+def recipe(case: Case | None, capacity: str, spec: ModelSpec = SPEC, dtype: str = "float32") -> TrainConfig:
     """The recipe of a case; None is one process."""
     parallel: dict[str, Any] = {}
     recompute: Any = "none"
@@ -73,7 +73,7 @@ def recipe(case: Case | None, capacity: str, spec: ModelSpec = SPEC) -> TrainCon
                 "coefficient": 0.05, "alpha_max": 0.05, "beta": 0.5, "capacity_factor": CAPACITY_FACTOR,
                 "capacity": "real" if capacity == "capacity" else "virtual",
             },
-            "precision": {"compute": "float32", "peak_flops": 1e9},
+            "precision": {"weights": dtype, "compute": dtype, "peak_flops": 1e9},
             "parallel": parallel,
             "recompute": recompute,
         }
