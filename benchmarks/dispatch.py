@@ -1,6 +1,6 @@
 """Dispatch side by side: EDP, EP and ETP in modes R, G and A, at equal devices; bytes, times, exposed communication.
 
-    python benchmarks/dispatch.py [--rounds 5] [--megabits 300]
+    python benchmarks/dispatch.py [--rounds 5] [--megabits 300] [--chunks 4 ..] [--expert edp ..]
 
 1. *Bytes and time.* One MoE layer (experts included, router and attention not) on real gloo ranks over loopback, 2 x 2
    and 2 x 4 (dp x tp). Bytes are counted from the tensors handed to torch.distributed and must equal the formula of
@@ -11,7 +11,7 @@
    experts sleep for the time in which the link sends three rows, and twice that in the backward pass. (At the paper's
    scale it would be 31 rows: 7.4 ms of experts beside 0.7 ms of mode G. Our links are slow.) Rows, links, gloo and
    autograd are real. First without a limit, then with it: one thing after the other (`overlap=False`), with metadata
-   beside other work, and in 4 chunks, one travelling while another is multiplied.
+   beside other work, and in `--chunks`, one travelling while another is multiplied.
 
        exposed = (time - time without a limit) / (time one after the other - time without a limit)
 
@@ -33,7 +33,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,21 @@ SHAPE = DispatchShape(num_tokens=1024, hidden_size=256, itemsize=4, num_experts=
 WIDTH = 512  # of each expert
 ROWS_PER_ROW = 3  # the emulated accelerator multiplies a row in the time in which its link sends three
 PAPER = DispatchShape(num_tokens=8192, hidden_size=4608, itemsize=2, num_experts=16, top_k=2)
-WAYS = tuple(product(ExpertAxis, DispatchMode))
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is measured: rounds, the links' speed (None: loopback), numbers of chunks on slow links, expert axes."""
+
+    rounds: int
+    megabits: float | None
+    chunks: tuple[int, ...]
+    expert: tuple[str, ...]
+
+    @property
+    def ways(self) -> list[tuple[ExpertAxis, DispatchMode]]:
+        """Rows of the tables."""
+        return list(product(map(ExpertAxis, self.expert), DispatchMode))
 
 
 @dataclass(frozen=True)
@@ -65,8 +79,9 @@ def layout_of(dp: int, tp: int, expert: ExpertAxis, mode: DispatchMode) -> Layou
     return Layout(dp=dp, tp=tp, expert=expert, dispatch=mode, stages=Split((2,)))
 
 
-def settings_of(megabits: float | None) -> list[Setting]:
+def settings_of(asked: Asked) -> list[Setting]:
     """Without a link to slow down there is one setting."""
+    megabits = asked.megabits
     plain = Setting("no limit", None, overlap=False, chunks=1)
     if megabits is None:
         return [plain]
@@ -74,11 +89,11 @@ def settings_of(megabits: float | None) -> list[Setting]:
         plain,
         Setting("one by one", megabits, overlap=False, chunks=1),
         Setting("metadata", megabits, overlap=True, chunks=1),
-        Setting("4 chunks", megabits, overlap=True, chunks=4),
+        *(Setting(f"{chunks} chunks", megabits, overlap=True, chunks=chunks) for chunks in asked.chunks),
     ]
 
 
-def play_rank(rank: int, dp: int, tp: int, rounds: int, megabits: float | None, store: Path) -> None:
+def play_rank(rank: int, dp: int, tp: int, asked: Asked, store: Path) -> None:
     """One rank: all ways and settings, round after round; its figures go to a file beside the store."""
     import torch
     import torch.distributed as dist
@@ -86,12 +101,12 @@ def play_rank(rank: int, dp: int, tp: int, rounds: int, megabits: float | None, 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(str(store), dp * tp), rank=rank, world_size=dp * tp)
     found: dict[str, Any] = {}
-    for number in range(rounds + 1):  # the first warms up
-        for setting in settings_of(megabits):
-            if megabits is not None:
+    for number in range(asked.rounds + 1):  # the first warms up
+        for setting in settings_of(asked):
+            if asked.megabits is not None:
                 slow_link.limit(setting.megabits)
-            for expert, mode in WAYS:
-                row = measure(layout_of(dp, tp, expert, mode), setting, megabits)
+            for expert, mode in asked.ways:
+                row = measure(layout_of(dp, tp, expert, mode), setting, asked.megabits)
                 kept = found.setdefault(f"{expert} {mode} {setting.name}", {"forward": [], "both": []})
                 if number:
                     kept["forward"].append(row.pop("forward"))
@@ -185,8 +200,6 @@ _MESHES: dict[tuple[int, int], Any] = {}
 
 def mesh_of(layout: Layout) -> Any:
     """The groups are made once for each size of world."""
-    from dataclasses import replace
-
     import torch
 
     from skymoe.parallel.mesh import build_mesh
@@ -197,7 +210,7 @@ def mesh_of(layout: Layout) -> Any:
     return replace(_MESHES[sizes], layout=layout)
 
 
-def play_world(dp: int, tp: int, rounds: int, megabits: float | None, namespaces: list[str] | None) -> list[Any]:
+def play_world(dp: int, tp: int, asked: Asked, namespaces: list[str] | None = None) -> list[Any]:
     """All ranks, each in a process (and its namespace); their figures by rank."""
     interface = slow_link.DEVICE if namespaces else "lo"
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": interface, "OMP_NUM_THREADS": "1"}
@@ -206,7 +219,7 @@ def play_world(dp: int, tp: int, rounds: int, megabits: float | None, namespaces
         processes = []
         for rank in range(dp * tp):
             inside = ["ip", "netns", "exec", namespaces[rank]] if namespaces else []
-            told = [str(value) for value in (rank, dp, tp, rounds, megabits if namespaces else "none", store)]
+            told = [str(rank), str(dp), str(tp), json.dumps(vars(asked)), str(store)]
             command = [*inside, sys.executable, __file__, "--role", "rank", *told]
             processes.append(subprocess.Popen(command, env=environment))
         try:
@@ -236,16 +249,17 @@ def table(ranks: list[Any]) -> dict[str, dict[str, float]]:
     return rows
 
 
-def print_equal_devices(dp: int, tp: int, rows: dict[str, dict[str, float]]) -> None:
+def print_equal_devices(dp: int, tp: int, asked: Asked, rows: dict[str, dict[str, float]]) -> None:
     print(f"\n{dp} x {tp} ranks (dp x tp) on loopback: MB sent by all ranks in a forward pass, ms")
     print(f"{'':8} {'measured':>9} {'formula':>9} {'metadata':>9} {'forward':>8} {'+ backward':>11}")
-    for expert, mode in WAYS:
+    for expert, mode in asked.ways:
         row = rows[f"{expert} {mode} no limit"]
         print(f"{expert:4} {mode:3} {row['bytes'] / 1e6:9.3f} {row['formula'] / 1e6:9.3f} {row['metadata'] / 1e6:9.3f} "
               f"{row['forward_ms']:8.1f} {row['both_ms']:11.1f}")  # fmt: skip
 
 
-def print_slow_link(rows: dict[str, dict[str, float]], settings: list[Setting]) -> None:
+def print_slow_link(rows: dict[str, dict[str, float]], asked: Asked) -> None:
+    settings = settings_of(asked)
     plain, one_by_one, *others = (setting.name for setting in settings)
     for name, title in (("forward_ms", "forward"), ("both_ms", "forward and backward")):
         print(
@@ -253,7 +267,7 @@ def print_slow_link(rows: dict[str, dict[str, float]], settings: list[Setting]) 
         )
         heads = "".join(f"{other:>18}" for other in others)
         print(f"{'':8} {'wire/sent':>9} {'no limit':>9} {'one by one':>10} {heads}")
-        for expert, mode in WAYS:
+        for expert, mode in asked.ways:
             way = f"{expert} {mode}"
             fast, slow = rows[f"{way} {plain}"], rows[f"{way} {one_by_one}"]
             cells = ""
@@ -268,7 +282,7 @@ def print_slow_link(rows: dict[str, dict[str, float]], settings: list[Setting]) 
 def paper_scale() -> dict[str, float]:
     """MB per rank, layer and forward pass, tp 4; ep over 4 replicas (an expert per rank), etp over 16."""
     found = {}
-    for (expert, mode), dp in product(WAYS, (4, 16)):
+    for expert, mode, dp in product(ExpertAxis, DispatchMode, (4, 16)):
         if expert is ExpertAxis.EP and dp > 4:
             continue
         sent = dispatch_bytes(layout_of(dp, 4, expert, mode), Coordinate(0, 0, 0), PAPER)
@@ -281,21 +295,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--megabits", type=float, default=300.0, help="speed of each rank's link")
+    parser.add_argument("--chunks", type=int, nargs="+", default=[4], help="on slow links")
+    parser.add_argument("--expert", nargs="+", default=[axis.value for axis in ExpertAxis], choices=list(ExpertAxis))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/dispatch.json"))
     arguments = parser.parse_args()
+    plain = Asked(arguments.rounds, None, (), tuple(arguments.expert))
+    limited = replace(plain, megabits=arguments.megabits, chunks=tuple(arguments.chunks))
     result: dict[str, Any] = {
         "rounds": arguments.rounds, "megabits": arguments.megabits, "load_before": os.getloadavg()[0],
         "cores": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version(),
         "shape": vars(SHAPE) | {"expert_width": WIDTH},
     }  # fmt: skip
     for dp, tp in ((2, 2), (2, 4)):
-        rows = result[f"loopback {dp}x{tp}"] = table(play_world(dp, tp, arguments.rounds, None, None))
-        print_equal_devices(dp, tp, rows)
+        rows = result[f"loopback {dp}x{tp}"] = table(play_world(dp, tp, plain))
+        print_equal_devices(dp, tp, plain, rows)
     reason = slow_link.why_not()
     if reason is None:
         with slow_link.network(4) as namespaces:
-            rows = table(play_world(2, 2, arguments.rounds, arguments.megabits, namespaces))
-        print_slow_link(rows, settings_of(arguments.megabits))
+            rows = table(play_world(2, 2, limited, namespaces))
+        print_slow_link(rows, limited)
         result["slow link 2x2"] = rows
     else:
         print(f"\nno slow link: {reason}")
@@ -310,7 +328,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:3] == ["--role", "rank"]:
-        place, speed, path = [int(value) for value in sys.argv[3:7]], sys.argv[7], Path(sys.argv[8])
-        play_rank(*place, megabits=None if speed == "none" else float(speed), store=path)
+        rank, dp, tp = (int(value) for value in sys.argv[3:6])
+        play_rank(rank, dp, tp, Asked(**json.loads(sys.argv[6])), Path(sys.argv[7]))
     else:
         main()
