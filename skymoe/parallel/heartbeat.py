@@ -1,8 +1,8 @@
 """Signs of life: what each rank is doing, for itself and for the others.
 
 The training thread says `phase("forward, micro-batch 2", step=17)` whenever it turns to something else: an assignment
-and an event, no message. A thread of watch.py publishes the latest word to the store, every second at least. A process that is
-stopped or dead publishes nothing; one that hangs publishes the same phase, with a growing age.
+and an event, no message. A thread of watch.py publishes the latest word to the store, every second at least. A process
+that is stopped or dead publishes nothing; one that hangs publishes the same phase, with a growing age.
 """
 
 from __future__ import annotations

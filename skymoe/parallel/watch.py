@@ -2,8 +2,8 @@
 
 Two threads beside the training thread of every rank, so that neither can be held up by what holds up the other:
 
-    post    talks to the store over a connection of its own: publishes what this rank does when that changes and every second, looks whether
-            somebody has failed, and finds out who hangs when it is asked to
+    post    talks to the store over a connection of its own: publishes what this rank does, when that changes and every
+            second; looks whether somebody has failed; finds out who hangs when it is asked to
     clock   talks to nobody: when the training thread has been in one phase for `timeout_s`, or does not end although
             another rank has failed, it says so and ends the process, with exit code 3
 
