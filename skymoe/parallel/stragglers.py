@@ -81,10 +81,9 @@ class StepTimes:
         records = [packed]
         if group.handle is not None:
             own = torch.tensor(list(packed), dtype=torch.uint8, device=self._mesh.device)
-            all_ranks = torch.empty(group.size * len(packed), dtype=torch.uint8, device=self._mesh.device)
-            dist.all_gather_into_tensor(all_ranks, own, group=group.handle)
-            data = bytes(all_ranks.tolist())
-            records = [data[start : start + len(packed)] for start in range(0, len(data), len(packed))]
+            all_ranks = [torch.empty_like(own) for _ in group.ranks]
+            dist.all_gather(all_ranks, own, group=group.handle)
+            records = [bytes(record.tolist()) for record in all_ranks]
         times = []
         for rank, record in enumerate(records):
             seconds, name = struct.unpack(_RECORD, record)

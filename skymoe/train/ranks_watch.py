@@ -5,8 +5,10 @@ from __future__ import annotations
 from skymoe.base.log import logger
 from skymoe.parallel.heartbeat import named
 from skymoe.parallel.stragglers import stragglers
+from skymoe.plan.expected import expected_timeline
 from skymoe.train.job import Job
 from skymoe.train.lines import timeline_line
+from skymoe.train.ranks import micro_batches
 
 
 def watch_ranks(job: Job) -> None:
@@ -16,7 +18,9 @@ def watch_ranks(job: Job) -> None:
     timeline = job.state.engine.timeline()
     times = job.times.exchange(job.state.engine.busy())
     if timeline is not None:
-        job.record(timeline_line(job, job.mesh.layout, timeline.spans, span_s=timeline.span_s))
+        layout = job.mesh.layout
+        planned = expected_timeline(timeline, layout, micro_batches(job.config.batch, layout))
+        job.record(timeline_line(job, layout, timeline.spans, span_s=timeline.span_s, planned=planned.spans))
     for slow in stragglers(times):
         who = named(slow.rank, slow.coordinate)
         if job.is_chief:

@@ -9,6 +9,7 @@ neither modules nor optimizer nor schedule with the divided one.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
 from itertools import chain
 from typing import Any
@@ -48,12 +49,14 @@ SPEC = ModelSpec(
 )  # fmt: skip
 
 
-def recipe(case: Case | None, capacity: str, spec: ModelSpec = SPEC, dtype: str = "float32") -> TrainConfig:
-    """The recipe of a case; None is one process."""
+def recipe(
+    case: Case | None, capacity: str, spec: ModelSpec = SPEC, dtype: str = "float32", **more: Any
+) -> TrainConfig:
+    """The recipe of a case; None is one process. `more` goes into the section `parallel`."""
     parallel: dict[str, Any] = {}
     recompute: Any = "none"
     if case is not None:
-        parallel = {axis: getattr(case, axis) for axis in ("pp", "tp", "dp", "expert", "dispatch", "schedule")}
+        parallel = {axis: getattr(case, axis) for axis in ("pp", "tp", "dp", "expert", "dispatch", "schedule")} | more
         layout = layout_of(
             TrainConfig.model_fields["parallel"].default.model_copy(update=parallel), spec, world_size=case.world_size
         )
@@ -137,9 +140,9 @@ def pieces_of(engine: Engine) -> list[tuple[str, tuple[int, ...], Box, Tensor]]:
     ]
 
 
-def on_rank(case: Case, spec: ModelSpec = SPEC) -> dict[str, Any]:
+def on_rank(case: Case, spec: ModelSpec = SPEC, more: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """What one rank of a case reports."""
-    config = recipe(case, case.capacity, spec)
+    config = recipe(case, case.capacity, spec, **more or {})
     layout = layout_of(config.parallel, spec, world_size=case.world_size, recompute=config.recompute)
     mesh = build_mesh(layout, torch.device("cpu"))
     engine = RanksEngine(config, spec, mesh, load_weights=True)
@@ -155,9 +158,9 @@ def reference(capacity: str, spec: ModelSpec = SPEC) -> dict[str, Any]:
     return take_steps(engine, config, (0, 1), spec)
 
 
-def compare(case: Case, spec: ModelSpec = SPEC) -> dict[str, Any]:
+def compare(case: Case, spec: ModelSpec = SPEC, **more: Any) -> dict[str, Any]:
     """The worst relative errors of a case: loss, any gradient, weight or moment (by norm of the tensor), alpha."""
-    return errors(case, run_ranks(case.world_size, on_rank, case, spec), spec)
+    return errors(case, run_ranks(case.world_size, on_rank, case, spec, more), spec)
 
 
 def errors(case: Case, found: list[dict[str, Any]], spec: ModelSpec = SPEC) -> dict[str, Any]:

@@ -6,13 +6,17 @@ The whole matrix: `python tests/parallel/matrix.py --all`, which also writes doc
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 from parallel.covering import Case, covering_subset
 from parallel.equivalence import SPEC, compare
 
-from skymoe.spec.layout import DispatchMode, ExpertAxis, ScheduleKind
+from skymoe.spec.layout import DispatchMode, ExpertAxis, Layout, ScheduleKind
 from skymoe.spec.model import ModelSpec, QkNorm
+from skymoe.spec.plan_file import Plan, write_plan
+from skymoe.spec.split import Split
 
 TOLERANCE = 1e-5
 ONE_EACH = {
@@ -24,8 +28,8 @@ ONE_EACH = {
 }
 
 
-def check(case: Case, spec: ModelSpec = SPEC) -> None:
-    errors = compare(case, spec)
+def check(case: Case, spec: ModelSpec = SPEC, **more: Any) -> None:
+    errors = compare(case, spec, **more)
     assert errors["drop"] == 0.0
     for key in ("loss", "norm", "gradients", "weights", "alpha"):
         assert errors[key] <= TOLERANCE, f"{key} {errors[key]:.1e} {errors.get(f'{key}_name', '')}"
@@ -42,3 +46,27 @@ def test_covering_subset(case: Case) -> None:
 def test_other_models(name: str, dispatch: DispatchMode) -> None:
     schedule = ScheduleKind.ZERO_BUBBLE if dispatch is DispatchMode.GATHERED else ScheduleKind.ONE_F_ONE_B
     check(Case(2, 2, 1, ExpertAxis.EDP, dispatch, schedule, "some", "dropless"), ONE_EACH[name])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "split"),
+    [
+        (ScheduleKind.ONE_F_ONE_B, (2.5, 2.5, 2.0)),
+        (ScheduleKind.ONE_F_ONE_B, (0.0, 3.5, 3.5)),
+        (ScheduleKind.INTERLEAVED, (1.5, 1.0, 0.5, 1.5, 0.5, 2.0)),
+        (ScheduleKind.ZERO_BUBBLE, (0.5, 1.5, 2.5, 0.5, 1.0, 1.0)),
+    ],
+)
+def test_cuts_between_attention_and_experts(schedule: ScheduleKind, split: tuple[float, ...]) -> None:
+    """Also a first stage that has the embedding only."""
+    check(Case(3, 1, 1, ExpertAxis.EDP, DispatchMode.GATHERED, schedule, "some", "capacity"), split=split)
+
+
+def test_chunks_and_a_plan_file(tmp_path: Path) -> None:
+    """Tokens sent in three chunks; the layout from a file, as a planner writes it."""
+    layout = Layout(
+        pp=2, tp=2, expert=ExpertAxis.EDP, dispatch=DispatchMode.ALL_TO_ALL, stages=Split((9, 5)), recompute=(2, 0)
+    )
+    write_plan(Plan(num_layers=7, layout=layout), tmp_path / "plan.json")
+    case = Case(2, 2, 1, ExpertAxis.EDP, DispatchMode.ALL_TO_ALL, ScheduleKind.ONE_F_ONE_B, "none", "dropless")
+    check(case, plan=tmp_path / "plan.json", dispatch_chunks=3)
