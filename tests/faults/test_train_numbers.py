@@ -14,6 +14,8 @@ from train.tiny import assert_same_state, recipe
 from skymoe.base.errors import TrainingError
 from skymoe.ckpt.config import DiffConfig
 from skymoe.ckpt.run import run_diff
+from skymoe.parallel.heartbeat import Heartbeat
+from skymoe.parallel.launch import World
 from skymoe.train.loop import train
 from skymoe.train.metrics import read_metrics
 from skymoe.train.run import run
@@ -165,10 +167,11 @@ def test_a_rolled_back_run_that_is_killed_ends_the_same(tmp_path):
 def _train_until(config, step: int, *, pass_over: int, renumber: bool = True) -> None:
     """Steps up to `step`, then the rest of the run as if the next `pass_over` batches did not exist."""
     with run_directory(config.run.dir), torch_settings(config) as device:
-        job = start(config.replace(steps=step), device)
+        alone = World(0, 1, 0, device, None, False)
+        job = start(config.replace(steps=step), alone, Heartbeat())
         train(job, StopRequest())
         job.metrics.close()
-        job = start(config, device)
+        job = start(config, alone, Heartbeat())
         counters = job.state.counters
         counters.next_sample += pass_over * config.batch.sequences
         counters.step += pass_over * renumber
