@@ -7,6 +7,7 @@ expert parallelism) count as work of the stage.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from time import perf_counter
 
 import torch
@@ -15,6 +16,7 @@ from skymoe.plan.timeline import Timeline
 from skymoe.spec.timeline import PassKind, Span
 
 Mark = float | torch.cuda.Event
+_WORDS: dict[PassKind, str] = {"F": "forward", "B": "backward", "I": "backward of the input", "W": "weight gradients"}
 
 
 class Clock:
@@ -23,10 +25,14 @@ class Clock:
     Args:
         rank: in the world.
         device: whose time it is.
+
+    Attributes:
+        tell: called with what this rank turns to, and whether there it waits for others (`Heartbeat.phase`).
     """
 
     def __init__(self, rank: int, device: torch.device) -> None:
         self.rank = rank
+        self.tell: Callable[[str, bool], None] = _nobody
         self._cuda = device.type == "cuda"
         self._marks: list[tuple[int, PassKind, int, Mark, Mark]] = []
         self._begin: Mark = 0.0
@@ -54,9 +60,15 @@ class Clock:
         """All ranks are here: they leave a sum over the world that followed the step."""
         self._met = self.mark()
 
+    def start(self, stage: int, kind: PassKind, micro: int) -> Mark:
+        """A pass begins."""
+        self.tell(f"{_WORDS[kind]}, micro-batch {micro}, stage {stage}", False)
+        return self.mark()
+
     def add(self, stage: int, kind: PassKind, micro: int, start: Mark) -> None:
         """A pass that began at `start` ends now."""
         self._marks.append((stage, kind, micro, start, self.mark()))
+        self.tell("wait for a neighbour", True)
 
     def prolong(self) -> None:
         """The pass added last ends only now: the loss belongs to the forward pass of the last stage."""
@@ -83,3 +95,7 @@ class Clock:
         mark.synchronize()
         assert isinstance(self._begin, torch.cuda.Event)
         return self._begin.elapsed_time(mark) / 1000
+
+
+def _nobody(phase: str, waits: bool) -> None:
+    """Nobody wants to know."""

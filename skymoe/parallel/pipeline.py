@@ -143,7 +143,7 @@ class Pipeline(Generic[M]):
             for stage, hooks in self._hooks.items():
                 if number == 0:
                     hooks.before(stage)
-                start = self.clock.mark()
+                start = self.clock.start(stage, "F", number)
                 inputs[stage] = None if x_ND is None else x_ND.detach().requires_grad_()
                 outputs[stage] = x_ND = forward(stage, inputs[stage], micro)
                 self.clock.add(stage, "F", number, start)
@@ -157,7 +157,7 @@ class Pipeline(Generic[M]):
     def _backward_here(self, number: int, inputs: dict[int, Tensor | None], outputs: dict[int, Tensor]) -> None:
         gradient: Tensor | None = None
         for stage, hooks in reversed(self._hooks.items()):
-            start = self.clock.mark()
+            start = self.clock.start(stage, "B", number)
             torch.autograd.backward(outputs.pop(stage), gradient)
             if hooks.deferred is not None:
                 hooks.deferred.take()()

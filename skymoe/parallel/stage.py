@@ -24,6 +24,7 @@ from torch.distributed.pipelining import PipelineStage
 
 from skymoe.ops.deferred import DeferredWeights
 from skymoe.parallel.clock import Clock
+from skymoe.spec.timeline import PassKind
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class Stage(PipelineStage):
         if self._forwards == 0:
             self._hooks.before(self.stage_index)
         self._forwards += 1
-        start = self._hooks.clock.mark()
+        start = self._hooks.clock.start(self.stage_index, "F", fwd_chunk_id)
         output = super().forward_one_chunk(fwd_chunk_id, args, kwargs, save_forward_output)
         self._hooks.clock.add(self.stage_index, "F", fwd_chunk_id, start)
         _release(self.args_recv_info[fwd_chunk_id])
@@ -103,9 +104,10 @@ class Stage(PipelineStage):
         self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
     ) -> None:
         """Backward of one micro-batch: whole, or towards its input only."""
-        start = self._hooks.clock.mark()
+        kind: PassKind = "B" if full_backward else "I"
+        start = self._hooks.clock.start(self.stage_index, kind, bwd_chunk_id)
         super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
-        self._hooks.clock.add(self.stage_index, "B" if full_backward else "I", bwd_chunk_id, start)
+        self._hooks.clock.add(self.stage_index, kind, bwd_chunk_id, start)
         if not self.is_last:
             _release(self.grad_recv_info[bwd_chunk_id])
         if full_backward:
@@ -115,7 +117,7 @@ class Stage(PipelineStage):
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
         """The weight gradients that were put off."""
-        start = self._hooks.clock.mark()
+        start = self._hooks.clock.start(self.stage_index, "W", bwd_chunk_id)
         super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
         self._hooks.clock.add(self.stage_index, "W", bwd_chunk_id, start)
         self._count()

@@ -7,7 +7,7 @@ engine's answers are the same on all; so are the decisions that follow from them
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -116,6 +116,10 @@ class Engine(Protocol):
         """Seconds of this rank's work in the last step, by kind."""
         ...
 
+    def tell(self, phase: Callable[[str, bool], None]) -> None:
+        """From now on say what this rank turns to, and whether there it waits for others."""
+        ...
+
 
 class SingleEngine:
     """One process has it all."""
@@ -178,6 +182,9 @@ class SingleEngine:
 
     def busy(self) -> dict[str, float]:
         return {}
+
+    def tell(self, phase: Callable[[str, bool], None]) -> None:
+        pass
 
     @torch.no_grad()
     def restore(self, generation: Generation) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -168,6 +168,9 @@ class RanksEngine:
             name = "forward" if span.kind == "F" else "backward"
             seconds[name] = seconds.get(name, 0.0) + span.end_s - span.start_s
         return seconds
+
+    def tell(self, phase: Callable[[str, bool], None]) -> None:
+        self.pipeline.clock.tell = phase
 
     def _pieces(self) -> Iterator[SavedPiece]:
         """What this rank saves; replicated buffers and random states come from one of those that have them."""

@@ -81,6 +81,7 @@ def start(config: TrainConfig, world: World, heart: Heartbeat) -> Job:
         mesh=mesh,
         times=None if mesh is None else StepTimes(mesh),
     )
+    state.engine.tell(lambda phase, waits: job.phase(phase, waits=waits))
     if is_chief:
         write_atomic(directory / "recipe.yaml", dump_config(config).encode())
         write_atomic(directory / "environment.json", json.dumps(environment(device), indent=2).encode())
