@@ -222,7 +222,9 @@ def _total(count: int, mesh: Mesh) -> int:
 
 
 def _must_see(staging: Path) -> None:
-    if not staging.is_dir():
+    with save_errors(staging):
+        is_seen = staging.is_dir()
+    if not is_seen:
         raise MachineError(
             "does not see the directory that rank 0 has made for the checkpoint",
             where=staging,

@@ -59,7 +59,7 @@ class ShardedLayer(nn.Module):
         routing = None
         if self.has_attention:
             a_ND = self.tokens.enter(self.attention_norm(x_ND))
-            a_BTD = a_ND.view(-1, self._length(batch, inputs), a_ND.shape[-1])
+            a_BTD = a_ND.view(-1, inputs.cos.shape[-2], a_ND.shape[-1])
             x_ND = x_ND + self.tokens.leave(self.attention(a_BTD, inputs).flatten(0, 1))
         if self.moe is not None:
             y_ND, routing = self.moe(self.ffn_norm(x_ND), batch)
@@ -67,9 +67,6 @@ class ShardedLayer(nn.Module):
         elif self.mlp is not None:
             x_ND = x_ND + self.tokens.leave(self.mlp(self.tokens.enter(self.ffn_norm(x_ND))))
         return x_ND, routing
-
-    def _length(self, batch: BatchInfo, inputs: AttentionInputs) -> int:
-        return inputs.cos.shape[-2]
 
 
 class Part(nn.Module):

@@ -88,6 +88,6 @@ def _copy(into: Tensor, given: Tensor, name: str) -> None:
     if given.shape != into.shape or given.dtype != into.dtype:
         raise CheckpointError(
             f"{name} is {given.dtype} {list(given.shape)}, expected {into.dtype} {list(into.shape)}",
-            hint="resume with the precision.weights and parallel.gradients of the run that wrote it",
+            hint="resume with the precision.weights of the run that wrote it",
         )
     into.copy_(given)

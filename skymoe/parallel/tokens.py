@@ -20,7 +20,6 @@ from torch import Tensor
 
 from skymoe.parallel.collectives import gather_rows, scatter_rows, sum_backward, sum_forward
 from skymoe.parallel.mesh import Group, Mesh
-from skymoe.parallel.traffic import Traffic
 from skymoe.spec.split import Split
 
 
@@ -32,19 +31,17 @@ class Tokens:
         split: of the N tokens over the group; None in mode R, where every rank has all.
         group: the tensor-parallel ranks.
         num_all: N.
-        traffic: counts what is sent, or None.
     """
 
     split: Split | None
     group: Group
     num_all: int
-    traffic: Traffic | None = None
 
     @classmethod
-    def of(cls, mesh: Mesh, num_tokens: int, traffic: Traffic | None = None) -> Tokens:
+    def of(cls, mesh: Mesh, num_tokens: int) -> Tokens:
         """For micro-batches of `num_tokens` tokens on `mesh`."""
         split = mesh.layout.tokens(num_tokens) if mesh.layout.sequence_parallel else None
-        return cls(split, mesh.tp, num_tokens, traffic)
+        return cls(split, mesh.tp, num_tokens)
 
     @property
     def rows(self) -> slice:
@@ -60,14 +57,14 @@ class Tokens:
     def enter(self, x_ND: Tensor) -> Tensor:
         """This rank's tokens -> all tokens, for a module that has a part of the weights."""
         if self.split is None:
-            return sum_backward(x_ND, self.group, traffic=self.traffic)
-        return gather_rows(x_ND, self.split, self.group, traffic=self.traffic)
+            return sum_backward(x_ND, self.group)
+        return gather_rows(x_ND, self.split, self.group)
 
     def leave(self, y_ND: Tensor) -> Tensor:
         """Partial sums for all tokens -> complete results for this rank's tokens."""
         if self.split is None:
-            return sum_forward(y_ND, self.group, traffic=self.traffic)
-        return scatter_rows(y_ND, self.split, self.group, traffic=self.traffic)
+            return sum_forward(y_ND, self.group)
+        return scatter_rows(y_ND, self.split, self.group)
 
     def own(self, values: Tensor | None) -> Tensor | None:
         """This rank's rows of something that every rank knows for all tokens."""

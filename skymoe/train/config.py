@@ -221,7 +221,7 @@ class EvaluateConfig(Config):
     Attributes:
         every: steps between evaluations; 0 evaluates only after the last step.
         windows: sequences per domain, the same ones each time; 0 reads each domain to its end.
-        batch: sequences per forward; None takes the training micro-batch.
+        batch: sequences per forward; None takes the training micro-batch, which is always taken on many ranks.
         at_start: evaluate before the first step too.
     """
 

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from skymoe.base.errors import ConfigError
 from skymoe.parallel.adamw import AdamWSettings, GroupSettings
 from skymoe.parallel.config import layout_of
 from skymoe.parallel.fake import fake_world
@@ -27,6 +26,7 @@ from skymoe.spec.timeline import layout_fields
 from skymoe.train.build import resolve_spec
 from skymoe.train.config import TrainConfig
 from skymoe.train.dry_run_result import DryRunReport, GroupFigures, RankFigures, StageFigures
+from skymoe.train.ranks import micro_batches
 from skymoe.weights.buffers import torch_dtype
 from skymoe.weights.slices import Slice, owned_slices, volume
 
@@ -81,18 +81,9 @@ def bubble(layout: Layout, num_micro: int) -> float | None:
 
 def _micro_batches(config: TrainConfig, layout: Layout) -> tuple[int, int]:
     """Sequences of a micro-batch, and how many a replica has in a step."""
-    sequences, dp = config.batch.sequences, layout.dp
-    if sequences % dp:
-        raise ConfigError(
-            f"{sequences} sequences do not divide evenly over dp {dp}",
-            where="batch.sequences",
-            hint=f"{max(1, sequences // dp) * dp} sequences per step",
-        )
-    share = sequences // dp
-    micro = min(config.batch.micro_sequences or share, share)
-    num_micro = -(-share // micro)
+    num_micro = micro_batches(config.batch, layout)
     check_micro_batches(layout, num_micro)
-    return micro, num_micro
+    return config.batch.sequences // (layout.dp * num_micro), num_micro
 
 
 def _rank_figures(config: TrainConfig, spec: ModelSpec, mesh: Mesh, micro_sequences: int) -> RankFigures:

@@ -112,10 +112,6 @@ class Engine(Protocol):
         """What all ranks did in the last step, on rank 0; None elsewhere, and where nobody waits for anybody."""
         ...
 
-    def busy(self) -> dict[str, float]:
-        """Seconds of this rank's work in the last step, by kind."""
-        ...
-
     def tell(self, phase: Callable[[str, bool], None]) -> None:
         """From now on say what this rank turns to, and whether there it waits for others."""
         ...
@@ -179,9 +175,6 @@ class SingleEngine:
 
     def timeline(self) -> Timeline | None:
         return None
-
-    def busy(self) -> dict[str, float]:
-        return {}
 
     def tell(self, phase: Callable[[str, bool], None]) -> None:
         pass

@@ -31,12 +31,13 @@ def train(job: Job, stop: StopRequest) -> None:
     if state.counters.step == 0:
         _before_the_first_step(job)
     left = config.steps - state.counters.step
-    saved_step = state.counters.step
+    saved_step: int | None = state.counters.step
     with progress("train", total=left, unit="step") as bar:
         while state.counters.step < config.steps and not state.engine.any_of(bool(stop)):
             if _settle(job, _take_step(job), bar):
                 saved_step = _do_what_is_due(job) or saved_step
-            _publish(job, state.engine.poll)
+            if not _publish(job, state.engine.poll):
+                saved_step = None
     if state.counters.step != saved_step:  # a signal, between two saves
         save(job)
     job.phase("save")
@@ -49,8 +50,9 @@ def save(job: Job) -> bool:
     A failure to write is a warning or the end of the run, as the recipe says; older generations stay whole. Returns
     whether there is a new one.
     """
-    began, keep = time.perf_counter(), job.config.checkpoint.keep
     job.phase("save")
+    _publish(job, job.state.engine.finish)  # one in flight: how it ended is told before another begins
+    began, keep = time.perf_counter(), job.config.checkpoint.keep
     job.metrics.flush()
     if bad := job.state.engine.non_finite():
         logger.warning("step %d: not saved, not finite: %s", job.state.counters.step, ", ".join(bad[:5]))
@@ -129,7 +131,7 @@ def _settle(job: Job, taken: tuple[StepBatch, StepResult, float], bar: Progress)
     if counters.step % config.log.every and counters.step < config.steps:
         bar.advance()
         return True
-    job.phase("log", waits=True)
+    job.phase("log")
     line = train_line(job, result, lr)
     job.record(line)
     watch_ranks(job)
@@ -151,6 +153,7 @@ def _refuse(job: Job, result: StepResult, bar: Progress) -> bool:
             bar.advance(_roll_back(job, result))
             return False
         case _:
+            _publish(job, job.state.engine.finish)
             job.event("stop", **event_fields(result))
             job.metrics.flush()
             raise stop_reason(verdict, counters.step)
@@ -159,7 +162,7 @@ def _refuse(job: Job, result: StepResult, bar: Progress) -> bool:
 def _roll_back(job: Job, result: StepResult) -> int:
     """Return to the last generation, past the data of the bad step. Returns the steps done, less those undone."""
     state, bad = job.state, job.state.counters
-    state.engine.finish()
+    _publish(job, state.engine.finish)
     generation = state.engine.latest(job.checkpoints)
     if generation is None:
         raise CheckpointError("there is no whole generation to roll back to", where=job.checkpoints)

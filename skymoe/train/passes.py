@@ -121,6 +121,7 @@ def gradients(
     if objective.aux is not AuxLoss.NONE and objective.global_statistics and len(batch.micros) > 1:
         first = Pass(division, batch, objective)
         settle()
+        pipeline.clock.tell("statistics pass", True)
         pipeline.evaluate(batch.micros, first.forward, _no_loss)
         global_totals = division.sum_totals(dict(sorted(first.totals.items())), division.everybody)
     learned = Pass(division, batch, objective, alpha_L, global_totals)

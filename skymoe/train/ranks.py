@@ -162,13 +162,6 @@ class RanksEngine:
     def timeline(self) -> Timeline | None:
         return whole_timeline(self.pipeline.clock, self.mesh)
 
-    def busy(self) -> dict[str, float]:
-        seconds: dict[str, float] = {}
-        for span in self.pipeline.clock.timeline().spans:
-            name = "forward" if span.kind == "F" else "backward"
-            seconds[name] = seconds.get(name, 0.0) + span.end_s - span.start_s
-        return seconds
-
     def tell(self, phase: Callable[[str, bool], None]) -> None:
         self.pipeline.clock.tell = phase
 

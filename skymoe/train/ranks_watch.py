@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from skymoe.base.log import logger
 from skymoe.parallel.heartbeat import named
 from skymoe.parallel.stragglers import stragglers
@@ -16,7 +18,7 @@ def watch_ranks(job: Job) -> None:
     if job.mesh is None or job.times is None:
         return
     timeline = job.state.engine.timeline()
-    times = job.times.exchange(job.state.engine.busy())
+    times = job.times.exchange(by_kind(job.heart.busy()))
     if timeline is not None:
         layout = job.mesh.layout
         planned = expected_timeline(timeline, layout, micro_batches(job.config.batch, layout))
@@ -26,3 +28,12 @@ def watch_ranks(job: Job) -> None:
         if job.is_chief:
             logger.warning("%s is slow: %.2f x the median of its stage, most of it in %s", who, slow.ratio, slow.phase)
         job.event("straggler", rank=slow.rank, ratio=slow.ratio, phase=slow.phase)
+
+
+def by_kind(busy: Mapping[str, float]) -> dict[str, float]:
+    """Seconds by kind of work: "forward, micro-batch 2, stage 1" is forward."""
+    seconds: dict[str, float] = {}
+    for phase, spent in busy.items():
+        kind = phase.partition(",")[0]
+        seconds[kind] = seconds.get(kind, 0.0) + spent
+    return seconds

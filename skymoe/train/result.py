@@ -48,4 +48,4 @@ class TrainReport:
     @property
     def exit_code(self) -> int:
         """0 when all steps are done, 75 when the run was interrupted and can be resumed."""
-        return INTERRUPTED if self.stopped_by and self.step < self.steps else 0
+        return INTERRUPTED if self.step < self.steps else 0

@@ -6,7 +6,7 @@ lock, settings, world (of one rank or many) -> start (check, build, resume) -> t
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack
 
 from skymoe.base.errors import CheckpointError, TrainingError
 from skymoe.convert.result import written
@@ -37,10 +37,11 @@ def run(config: TrainConfig) -> TrainReport:
     """
     began = time.perf_counter()
     is_chief = is_first_rank()
-    held = run_directory(config.run.dir) if is_chief else nullcontext()
-    with held, torch_settings(config), watch_signals() as stop:
+    with ExitStack() as held, torch_settings(config), watch_signals() as stop:
         timeout_s = config.parallel.timeout_s
         with distributed(timeout_s, device=config.run.device) as world, watching(world, timeout_s=timeout_s) as heart:
+            if is_chief:
+                held.enter_context(run_directory(config.run.dir))
             job = start(config, world, heart)
             try:
                 train(job, stop)

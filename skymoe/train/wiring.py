@@ -11,6 +11,7 @@ from skymoe.parallel.collectives import sum_forward
 from skymoe.parallel.config import layout_of
 from skymoe.parallel.launch import World
 from skymoe.parallel.mesh import Mesh, build_mesh
+from skymoe.plan.orders import check_micro_batches
 from skymoe.spec.layout import Half
 from skymoe.spec.model import ModelSpec
 from skymoe.spec.utilisation import recomputed_parts
@@ -31,7 +32,7 @@ def find_mesh(config: TrainConfig, spec: ModelSpec, world: World) -> Mesh | None
     layout = layout_of(config.parallel, spec, world_size=world.size, recompute=config.recompute)
     if not world.is_distributed:
         return None
-    micro_batches(config.batch, layout)
+    check_micro_batches(layout, micro_batches(config.batch, layout))
     return build_mesh(layout, world.device)
 
 

@@ -17,9 +17,11 @@ from skymoe.model.export import export_generation
 from skymoe.model.load import load
 from skymoe.parallel.heartbeat import Heartbeat
 from skymoe.parallel.launch import World
+from skymoe.train.batches import MicroBatch
 from skymoe.train.config import TrainConfig
 from skymoe.train.loop import train
 from skymoe.train.metrics import read_metrics
+from skymoe.train.passes import Pass
 from skymoe.train.run import run
 from skymoe.train.settings import run_directory
 from skymoe.train.signals import StopRequest
@@ -131,3 +133,58 @@ def test_one_process_refuses_a_recipe_of_many(tmp_path: Path, changes: dict[str,
     with pytest.raises(ConfigError, match=words):
         run(settings(tmp_path, "run", steps=2, **changes))
     assert not (tmp_path / "run").exists()
+
+
+def with_a_bad_step(config: TrainConfig, bad_call: int) -> dict[str, Any]:
+    """As `on_rank`, but on the last rank the hidden states of one training pass are not finite."""
+    calls = 0
+    forward = Pass.forward
+
+    def spoiled(self: Pass, stage: int, x_ND: torch.Tensor | None, micro: MicroBatch) -> torch.Tensor:
+        nonlocal calls
+        y_ND = forward(self, stage, x_ND, micro)
+        if torch.is_grad_enabled() and dist.get_rank() == dist.get_world_size() - 1:
+            calls += 1
+            if calls == bad_call:
+                return y_ND * float("nan")
+        return y_ND
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Pass, "forward", spoiled)
+        told = on_rank(config)
+    return told
+
+
+@pytest.mark.parametrize("action", ["skip", "rollback"])
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_what_is_not_finite_on_one_rank_is_refused_by_all(tmp_path: Path, action: str, asynchronous: bool) -> None:
+    """The fourth step; the run goes on as one process does that skips or rolls back, and loses no data position."""
+    config = settings(
+        tmp_path, "run", steps=6, parallel={"pp": 2}, guard={"non_finite": action},
+        batch={"sequences": 8, "micro_sequences": 2}, checkpoint={"every": 2, "asynchronous": asynchronous},
+    )  # fmt: skip
+    told = run_ranks(2, with_a_bad_step, config, 3 * 4 + 2)
+    assert told[0] == told[1]
+    lines = read_metrics(config.run.dir / "metrics.jsonl")
+    events = [line["event"] for line in lines if line["kind"] == "event"]
+    assert events.count(action) == 1
+    state = generation(config).document("state")
+    assert state["counters"]["step"] == 6
+    assert state["counters"]["next_sample"] == 8 * (6 if action == "skip" else 8)
+    assert state["guard"]["skipped"] == 1
+    saved = [line["detail"]["generation"] for line in lines if line.get("event") == "save"]
+    assert saved[-1] == "step-00000006"
+
+
+def test_the_micro_batch_may_change_with_the_layout(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"batch": {"sequences": 8, "micro_sequences": 4}}
+    first = settings(tmp_path, "run", steps=2, **changes)
+    run(first)
+    second = settings(tmp_path, "run", steps=4, parallel={"dp": 4}, batch={"sequences": 8, "micro_sequences": 2})
+    assert run_ranks(4, on_rank, second)[0]["resumed"] == 2
+    whole = settings(tmp_path, "whole", steps=4, **changes)
+    run(whole)
+    assert_same(generation(second), generation(whole), 2e-5)
+    real = settings(tmp_path, "run", steps=6, balance={"scope": "micro"}, **changes)
+    with pytest.raises(ConfigError, match="balance.scope"):
+        run(real)
