@@ -9,6 +9,7 @@ neither modules nor optimizer nor schedule with the divided one.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from functools import lru_cache
 from itertools import chain
@@ -24,7 +25,7 @@ from skymoe.base.config import check_config
 from skymoe.data.packing import IGNORE, Batch
 from skymoe.model.init import initialize
 from skymoe.model.transformer import Transformer
-from skymoe.ops.balance import AdaptiveCoefficients, AuxLoss
+from skymoe.ops.balance import AdaptiveCoefficients
 from skymoe.parallel.config import layout_of
 from skymoe.parallel.mesh import build_mesh
 from skymoe.spec.model import Architecture, GateNormSpec, ModelSpec, MoESpec
@@ -32,11 +33,11 @@ from skymoe.train.batches import StepBatch, micro_batch
 from skymoe.train.config import BalanceConfig, TrainConfig
 from skymoe.train.engine import Engine, SingleEngine
 from skymoe.train.guard import Guard
-from skymoe.train.objective import Objective
 from skymoe.train.optim import Optimizer
 from skymoe.train.ranks import RanksEngine
 from skymoe.train.state import TrainState
 from skymoe.train.step import train_step
+from skymoe.train.wiring import objective_of
 from skymoe.weights.slices import Box
 
 STEPS, SEQUENCES, LENGTH, SEED = 3, 6, 10, 5
@@ -52,7 +53,8 @@ SPEC = ModelSpec(
 def recipe(
     case: Case | None, capacity: str, spec: ModelSpec = SPEC, dtype: str = "float32", **more: Any
 ) -> TrainConfig:
-    """The recipe of a case; None is one process. `more` goes into the section `parallel`."""
+    """The recipe of a case; None is one process. `more`: sections `balance` and `batch`, the rest for `parallel`."""
+    balance, batch = more.pop("balance", {}), more.pop("batch", {})
     parallel: dict[str, Any] = {}
     recompute: Any = "none"
     if case is not None:
@@ -70,11 +72,11 @@ def recipe(
             "model": {"preset": "skywork-moe"},  # not read here: the spec is given
             "data": {"train": [{"path": "unused"}], "sequence_length": LENGTH},
             "steps": STEPS,
-            "batch": {"sequences": SEQUENCES, "micro_sequences": 1},
+            "batch": {"sequences": SEQUENCES, "micro_sequences": 1, **batch},
             "optimizer": {"lr": 1e-2, "eps": 1e-4, "clip": 0.5},
             "balance": {
                 "coefficient": 0.05, "alpha_max": 0.05, "beta": 0.5, "capacity_factor": CAPACITY_FACTOR,
-                "capacity": "real" if capacity == "capacity" else "virtual",
+                "capacity": "real" if capacity == "capacity" else "virtual", **balance,
             },
             "precision": {"weights": dtype, "compute": dtype, "peak_flops": 1e9},
             "parallel": parallel,
@@ -83,8 +85,8 @@ def recipe(
     )  # fmt: skip
 
 
-def step_batch(step: int, replica: tuple[int, int] = (0, 1), spec: ModelSpec = SPEC) -> StepBatch:
-    """The same tokens for every layout; of 6 sequences the replica's share is made into micro-batches of one."""
+def step_batch(step: int, replica: tuple[int, int], spec: ModelSpec, size: int) -> StepBatch:
+    """The same tokens for every layout; of 6 sequences the replica's share is made into micro-batches of `size`."""
     draw = np.random.default_rng(100 + step)
     tokens = draw.integers(0, spec.vocab_size, (SEQUENCES, LENGTH))
     targets = draw.integers(0, spec.vocab_size, (SEQUENCES, LENGTH))
@@ -95,8 +97,8 @@ def step_batch(step: int, replica: tuple[int, int] = (0, 1), spec: ModelSpec = S
     index, count = replica
     share = SEQUENCES // count
     micros = tuple(
-        micro_batch(rows.rows(start, start + 1), False, torch.device("cpu"), keep_mask=True)
-        for start in range(index * share, (index + 1) * share)
+        micro_batch(rows.rows(start, start + size), False, torch.device("cpu"), keep_mask=True)
+        for start in range(index * share, (index + 1) * share, size)
     )
     num_targets = int(np.count_nonzero(targets != IGNORE))
     return StepBatch(micros=micros, num_targets=num_targets, num_tokens=int(valid.sum()), num_samples=SEQUENCES)
@@ -109,12 +111,15 @@ def take_steps(engine: Engine, config: TrainConfig, replica: tuple[int, int], sp
         [balance.coefficient] * len(spec.moe_layer_ids), balance.xi, balance.alpha_max, balance.beta
     )
     state = TrainState(engine=engine, alpha=alpha, guard=Guard(config.guard))
-    real = balance.capacity_factor if balance.capacity == "real" else None
-    objective = Objective(aux=AuxLoss.SKYWORK, real_capacity=real)
+    objective = objective_of(config, spec)
     told: dict[str, Any] = {"loss": [], "norm": [], "drop": [], "moments": None}
     for step in range(STEPS):
         result = train_step(
-            state, step_batch(step, replica, spec), lr=config.optimizer.lr, objective=objective, balance=balance
+            state,
+            step_batch(step, replica, spec, config.batch.micro_sequences or SEQUENCES),
+            lr=config.optimizer.lr,
+            objective=objective,
+            balance=balance,
         )
         told["loss"].append(result.loss)
         told["norm"].append(result.grad_norm)
@@ -149,10 +154,14 @@ def on_rank(case: Case, spec: ModelSpec = SPEC, more: Mapping[str, Any] | None =
     return take_steps(engine, config, (mesh.coordinate.dp, layout.dp), spec)
 
 
+def reference(capacity: str, spec: ModelSpec = SPEC, **more: Any) -> dict[str, Any]:
+    """One process, on the same recipe but for its section `parallel`."""
+    return _reference(capacity, spec, json.dumps({key: more[key] for key in ("balance", "batch") if key in more}))
+
+
 @lru_cache
-def reference(capacity: str, spec: ModelSpec = SPEC) -> dict[str, Any]:
-    """One process."""
-    config = recipe(None, capacity, spec)
+def _reference(capacity: str, spec: ModelSpec, more: str) -> dict[str, Any]:
+    config = recipe(None, capacity, spec, **json.loads(more))
     model = initialize(Transformer(spec), SEED)
     engine = SingleEngine(model, Optimizer(model, config.optimizer), torch.device("cpu"))
     return take_steps(engine, config, (0, 1), spec)
@@ -160,12 +169,12 @@ def reference(capacity: str, spec: ModelSpec = SPEC) -> dict[str, Any]:
 
 def compare(case: Case, spec: ModelSpec = SPEC, **more: Any) -> dict[str, Any]:
     """The worst relative errors of a case: loss, any gradient, weight or moment (by norm of the tensor), alpha."""
-    return errors(case, run_ranks(case.world_size, on_rank, case, spec, more), spec)
+    return errors(case, run_ranks(case.world_size, on_rank, case, spec, more), spec, **more)
 
 
-def errors(case: Case, found: list[dict[str, Any]], spec: ModelSpec = SPEC) -> dict[str, Any]:
+def errors(case: Case, found: list[dict[str, Any]], spec: ModelSpec = SPEC, **more: Any) -> dict[str, Any]:
     """What the ranks of a case found, against one process."""
-    expected, first = reference(case.capacity, spec), found[0]
+    expected, first = reference(case.capacity, spec, **more), found[0]
     for other in found[1:]:
         for key in ("loss", "norm", "drop", "alpha", "gates"):
             assert other[key] == first[key], f"ranks differ in {key}"

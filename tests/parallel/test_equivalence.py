@@ -70,3 +70,22 @@ def test_chunks_and_a_plan_file(tmp_path: Path) -> None:
     write_plan(Plan(num_layers=7, layout=layout), tmp_path / "plan.json")
     case = Case(2, 2, 1, ExpertAxis.EDP, DispatchMode.ALL_TO_ALL, ScheduleKind.ONE_F_ONE_B, "none", "dropless")
     check(case, plan=tmp_path / "plan.json", dispatch_chunks=3)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(1, 2, 2, ExpertAxis.EP, DispatchMode.GATHERED, ScheduleKind.ONE_F_ONE_B, "none", "dropless"),
+        Case(1, 2, 2, ExpertAxis.EDP, DispatchMode.REPLICATED, ScheduleKind.ONE_F_ONE_B, "all", "dropless"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("way", ["micro-batch statistics, z-loss", "one micro-batch a replica"])
+def test_other_objectives(case: Case, way: str) -> None:
+    """Statistics that are summed within the forward pass, as there is no pass before it."""
+    assert SPEC.moe is not None
+    if way == "one micro-batch a replica":
+        check(case, batch={"micro_sequences": 3})
+        return
+    plain = replace(SPEC, moe=replace(SPEC.moe, gate_norm=None))
+    check(case, plain, balance={"scope": "micro", "z_loss": 0.01})
