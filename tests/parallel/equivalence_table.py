@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from parallel.covering import AXES
+from parallel.covering import AXES, all_cases
 
 from skymoe.base.errors import ConfigError
 
@@ -56,7 +56,7 @@ def _verdict(results: Sequence[Result], command: str, measure: str, tolerance: f
     lines = [
         "# Equivalence: every layout computes what one process computes",
         "",
-        "Loss, every gradient, and the weights and α after three steps, of each legal combination of the axes below,",
+        f"Loss, every gradient, and the weights and α after three steps, of {_scope(results)},",
         "against one process in fp32.",
         f"{measure} A case holds up to {tolerance:.1e}.",
         "",
@@ -74,6 +74,14 @@ def _verdict(results: Sequence[Result], command: str, measure: str, tolerance: f
     if seconds := sum(float(result.get("seconds") or 0.0) for result in results):
         lines += ["", f"The cases together took {seconds:.0f} s."]
     return "\n".join(lines) + "\n"
+
+
+def _scope(results: Sequence[Result]) -> str:
+    """All combinations, or how many of them."""
+    total = len(all_cases())
+    if len(results) == total:
+        return f"each of the {total} legal combinations of the axes below"
+    return f"{len(results)} of the {total} legal combinations of the axes below"
 
 
 def _by_value(results: Sequence[Result], tolerance: float) -> str:

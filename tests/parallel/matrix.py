@@ -1,7 +1,7 @@
 """Runs the equivalence matrix and writes docs/equivalence.md. Long: a case takes a few seconds on two cores.
 
     python tests/parallel/matrix.py                    the covering subset, as in CI
-    python tests/parallel/matrix.py --strength 3       every legal triple of values
+    python tests/parallel/matrix.py --strength 3       every triple of values that can be had together
     python tests/parallel/matrix.py --all              all cases; hours
     python tests/parallel/matrix.py --all --part 2/8   every eighth case, from the second
 
