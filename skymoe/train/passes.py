@@ -111,18 +111,23 @@ def gradients(
     batch: StepBatch,
     objective: Objective,
     alpha_L: Sequence[float],
-    settle: Callable[[], None],
+    ready: Callable[[int], None],
 ) -> tuple[StepSums, Pass]:
     """Add the gradient of the step's loss to the parameters here; returns the global sums, and this rank's pass.
 
-    `settle` waits for weights that still travel; training itself waits stage by stage (`Pipeline.before_stage`).
+    `ready` waits for the weights of a stage that still travel. Whichever pass comes first must ask: the statistics
+    pass does so here, the training pass through `Pipeline.before_stage`.
     """
     global_totals = None
     if objective.aux is not AuxLoss.NONE and objective.global_statistics and len(batch.micros) > 1:
         first = Pass(division, batch, objective)
-        settle()
+
+        def forward(stage: int, x_ND: Tensor | None, micro: MicroBatch) -> Tensor:
+            ready(stage)
+            return first.forward(stage, x_ND, micro)
+
         pipeline.clock.tell("statistics pass", True)
-        pipeline.evaluate(batch.micros, first.forward, _no_loss)
+        pipeline.evaluate(batch.micros, forward, _no_loss)
         global_totals = division.sum_totals(dict(sorted(first.totals.items())), division.everybody)
     learned = Pass(division, batch, objective, alpha_L, global_totals)
     pipeline.train(batch.micros, learned.forward, learned.loss_of)

@@ -99,8 +99,8 @@ class RanksEngine:
         return self.division.mesh
 
     def gradients(self, batch: StepBatch, objective: Objective, alpha_L: Sequence[float]) -> StepSums:
-        settle = self.optimizer.settle
-        sums, self._last = gradients(self.division, self.pipeline, batch, objective, alpha_L, settle)
+        ready = self.optimizer.ready
+        sums, self._last = gradients(self.division, self.pipeline, batch, objective, alpha_L, ready)
         self.pipeline.clock.meet()  # what is counted has just been summed over the world
         return sums
 

@@ -12,6 +12,12 @@ from typing import NamedTuple
 
 import pytest
 from parallel.launched import TOY, Launched, end, environment_of, family, torchrun
+from train.tiny import recipe
+
+from skymoe.base.config import dump_config
+from skymoe.ckpt.config import DiffConfig
+from skymoe.ckpt.run import run_diff
+from skymoe.train.run import run
 
 pytestmark = pytest.mark.skipif(
     shutil.which("ip") is None or os.geteuid() != 0, reason="network namespaces need root and ip"
@@ -135,3 +141,31 @@ def test_a_rank_that_dies_on_the_other_host_is_named(nodes):
 
 def ranks_of(node: Launched) -> list[int]:
     return [pid for pid in family(node.process.pid) if "RANK" in environment_of(pid)]
+
+
+@pytest.mark.slow
+def test_training_on_two_hosts_is_training_on_one(hosts, tmp_path):
+    """A pipeline across the cable, two ranks a host; stopped, and gone on with."""
+    config = recipe(tmp_path, steps=4, batch={"sequences": 4, "micro_sequences": 1}, schedule={"kind": "constant"})
+    (tmp_path / "recipe.yaml").write_text(dump_config(config))
+    run(config)
+    for steps in (2, 4):
+        running = []
+        for number, host in enumerate(hosts):
+            meet = ["--node-rank", number, "--master-addr", hosts[0].address, "--master-port", 29573]
+            train = ["-m", "skymoe", "train", tmp_path / "recipe.yaml", f"run.dir={tmp_path / 'hosts'}"]
+            words = ["--nnodes", 2, "--nproc-per-node", 2, "--local-addr", host.address, *meet, *train]
+            command = host.command(*torchrun(*words, f"steps={steps}", "parallel.pp=2", "parallel.dp=2"))
+            output = tmp_path / f"host{number}-{steps}.txt"
+            running.append(Launched(command, output, GLOO_SOCKET_IFNAME=host.interface))
+        try:
+            codes = [node.wait() for node in running]
+            assert codes == [0, 0], "".join(node.said for node in running)
+        finally:
+            for node in running:
+                for pid in node.tree():
+                    end(pid)
+                node.process.wait()
+    report = run_diff(DiffConfig(left=config.run.dir, right=tmp_path / "hosts"))
+    largest = max(row.max_abs or 0.0 for row in report.differences if row.what == "bits")
+    assert report.num_tensors > 10 and largest < 1e-5, report.differences
