@@ -128,7 +128,7 @@ def test_the_options_belong_together(tmp_path: Path) -> None:
     [
         ({"parallel": {"pp": 2}}, 3, 0, "is not the number of ranks, 3"),
         ({"parallel": {"pp": 2}}, 4, 4, "rank 4 is outside a layout of 4 ranks"),
-        ({"parallel": {"dp": 5}}, 5, 0, "12 sequences do not divide evenly over dp 5"),
+        ({"parallel": {"dp": 5}}, 5, 0, "12 sequences a step do not make equal micro-batches"),
         ({"parallel": {"pp": 4}, "batch": {"sequences": 3, "micro_sequences": 1}}, 4, 0, "at least 4 micro-batches"),
         ({"parallel": {"tp": 4}}, 4, 0, "tp 4 is more than the 3 key/value heads"),
         ({"parallel": {"tp": 3, "expert": "ep"}}, 6, 0, "5 experts over 6 ranks"),
