@@ -13,10 +13,7 @@ from pathlib import Path
 from skymoe.demo.config import DemoConfig
 from skymoe.train.config import (
     BatchConfig,
-    CheckpointConfig,
     DataConfig,
-    EvaluateConfig,
-    LogConfig,
     OptimizerConfig,
     RunConfig,
     ScheduleConfig,
@@ -24,6 +21,7 @@ from skymoe.train.config import (
     TrainConfig,
 )
 from skymoe.train.model_config import ModelConfig
+from skymoe.train.upkeep_config import CheckpointConfig, EvaluateConfig, LogConfig
 
 # Share of the training samples by domain: prose is a thirteenth of the text, and would be read many times over.
 DOMAINS = {"prose": 0.15, "docs": 0.35, "code": 0.5}

@@ -151,7 +151,7 @@ def close_save(
     return final if mesh.rank == 0 else save.root / save.staging.name.partition(".")[0]
 
 
-def latest_generation_distributed(root: Path, mesh: Mesh, *, max_step: int | None = None) -> Generation | None:
+def latest_generation_distributed(root: Path, mesh: Mesh) -> Generation | None:
     """The newest generation that is intact on every rank, None when nothing was ever saved. Every rank calls it.
 
     Each rank reads and compares its share of the files, about the same number of bytes; where one finds damage, all
@@ -163,7 +163,7 @@ def latest_generation_distributed(root: Path, mesh: Mesh, *, max_step: int | Non
     listed = list_generations(root) if mesh.rank == 0 else None
     own = listed.generations if listed else ()
     offer = {
-        "names": [(one.path.name, one.manifest_sha256) for one in own if max_step is None or one.step <= max_step],
+        "names": [(one.path.name, one.manifest_sha256) for one in own],
         "skipped": [(problem.file, problem.what) for problem in listed.problems] if listed else [],
     }
     offer = json.loads(broadcast_bytes(json.dumps(offer).encode(), mesh.world, mesh.device))

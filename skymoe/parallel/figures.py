@@ -6,11 +6,11 @@ Shapes: E experts of this rank, X the rest of a weight's dimensions.
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from skymoe.ops.similarity import mean_cosine, scaled_sum, squared_norms
-from skymoe.parallel.mesh import Group, Mesh
+from skymoe.parallel.collectives import sum_forward
+from skymoe.parallel.mesh import Mesh, alone
 from skymoe.spec.layout import ExpertAxis
 
 
@@ -31,19 +31,12 @@ def expert_similarity(*weights_EX: Tensor, num_experts: int, mesh: Mesh) -> floa
     """
     if num_experts == 1:
         return 1.0
-    cut = mesh.tp if mesh.layout.expert is ExpertAxis.ETP else None
-    squares_E = _sum(torch.stack([squared_norms(part) for part in weights_EX]).sum(0), cut)
+    cut = mesh.tp if mesh.layout.expert is ExpertAxis.ETP else alone(mesh.rank)
+    squares_E = sum_forward(torch.stack([squared_norms(part) for part in weights_EX]).sum(0), cut)
     scale_E = torch.where(squares_E > 0, squares_E.rsqrt(), 0.0)
     squared_sum = squares_E.new_zeros(())
     for part_EX in weights_EX:
-        total_X = _sum(scaled_sum(part_EX, scale_E), mesh.expert)
+        total_X = sum_forward(scaled_sum(part_EX, scale_E), mesh.expert)
         squared_sum += total_X.square_().sum(dtype=torch.float64)
-    nonzero = _sum((squares_E > 0).sum(dtype=torch.float64), mesh.expert)
-    return mean_cosine(float(_sum(squared_sum, cut)), float(nonzero), num_experts)
-
-
-def _sum(value: Tensor, group: Group | None) -> Tensor:
-    """`value` summed over the group, in place."""
-    if group is not None and group.handle is not None:
-        dist.all_reduce(value, group=group.handle)
-    return value
+    nonzero = sum_forward((squares_E > 0).sum(dtype=torch.float64), mesh.expert)
+    return mean_cosine(float(sum_forward(squared_sum, cut)), float(nonzero), num_experts)

@@ -36,6 +36,11 @@ class Group(NamedTuple):
         return len(self.ranks)
 
 
+def alone(rank: int) -> Group:
+    """The group that is just this rank: every collective is the identity."""
+    return Group((rank,), 0, None)
+
+
 @dataclass(frozen=True)
 class Mesh:
     """Where this rank stands, and its groups.
@@ -75,8 +80,8 @@ class Mesh:
 
 def single_mesh(layout: Layout, device: torch.device) -> Mesh:
     """The mesh of a world of one rank."""
-    alone = Group((0,), 0, None)
-    return Mesh(layout, Coordinate(0, 0, 0), device, None, alone, alone, alone, alone, alone, alone)
+    group = alone(0)
+    return Mesh(layout, Coordinate(0, 0, 0), device, None, group, group, group, group, group, group)
 
 
 def build_mesh(layout: Layout, device: torch.device) -> Mesh:
@@ -116,7 +121,7 @@ def build_mesh(layout: Layout, device: torch.device) -> Mesh:
 
 def _own(groups: list[tuple[int, ...]], rank: int) -> Group:
     """Create every group (a collective act of the world) and return this rank's; alone where it is in none."""
-    own = Group((rank,), 0, None)
+    own = alone(rank)
     for ranks in groups:
         if len(ranks) < 2:
             continue

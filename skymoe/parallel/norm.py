@@ -9,10 +9,10 @@ Shapes: N tokens, X this rank's part of the normalized dimension.
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from skymoe.ops.precision import matmul_dtype, wide_dtype
+from skymoe.parallel.collectives import sum_forward
 from skymoe.parallel.mesh import Group
 
 
@@ -22,7 +22,7 @@ class _ShardedRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_NX: Tensor, weight_X: Tensor, size: int, eps: float, dtype: torch.dtype, group: Group) -> Tensor:
         square_N = torch.linalg.vector_norm(x_NX, dim=-1, keepdim=True).square_()
-        scale_N = _sum(square_N, group).div_(size).add_(eps).rsqrt_()
+        scale_N = sum_forward(square_N, group).div_(size).add_(eps).rsqrt_()
         ctx.save_for_backward(x_NX, weight_X, scale_N)
         ctx.size, ctx.group = size, group
         return (x_NX * scale_N).mul_(weight_X).to(dtype)
@@ -34,7 +34,7 @@ class _ShardedRMSNorm(torch.autograd.Function):
         grad_NX = grad_NX.to(x_NX.dtype)
         product_NX = grad_NX * x_NX
         with torch.autocast(x_NX.device.type, enabled=False):  # backward may be called within the autocast block
-            pull_N = _sum((product_NX @ weight_X)[:, None], ctx.group) * scale_N.pow(3) / ctx.size
+            pull_N = sum_forward((product_NX @ weight_X)[:, None], ctx.group) * scale_N.pow(3) / ctx.size
             grad_weight_X = scale_N[:, 0] @ product_NX
         grad_x_NX = torch.mul(grad_NX, weight_X, out=product_NX).mul_(scale_N)
         return grad_x_NX.addcmul_(x_NX, pull_N, value=-1), grad_weight_X, None, None, None, None
@@ -57,10 +57,3 @@ def sharded_rms_norm(x: Tensor, weight_X: Tensor, eps: float, *, size: int, grou
     with torch.autocast(x.device.type, enabled=False):
         x_NX = x.to(wide).reshape(x.shape[:-1].numel(), x.shape[-1])
         return _ShardedRMSNorm.apply(x_NX, weight_X.to(wide), size, eps, dtype, group).view(x.shape)
-
-
-def _sum(value: Tensor, group: Group) -> Tensor:
-    """`value` summed over the group, in place."""
-    if group.handle is not None:
-        dist.all_reduce(value, group=group.handle)
-    return value

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ class Division:
     mesh: Mesh
     parts: Mapping[int, Part]
 
-    @property
+    @cached_property
     def moe_index(self) -> dict[int, int]:
         """Global layer id -> place among the MoE layers."""
         return {layer: index for index, layer in enumerate(self.spec.moe_layer_ids)}

@@ -24,7 +24,7 @@ from enum import StrEnum
 from typing import Any
 
 from skymoe.base.errors import TrainingError
-from skymoe.train.config import GuardConfig
+from skymoe.train.upkeep_config import GuardConfig
 
 
 class Action(StrEnum):

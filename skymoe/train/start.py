@@ -24,7 +24,7 @@ from skymoe.parallel.mesh import Mesh
 from skymoe.parallel.stragglers import StepTimes
 from skymoe.spec.model import ModelSpec
 from skymoe.train.build import resolve_spec
-from skymoe.train.config import DataConfig, TrackConfig, TrainConfig
+from skymoe.train.config import DataConfig, TrainConfig
 from skymoe.train.environment import environment
 from skymoe.train.evaluate import Held
 from skymoe.train.job import Job
@@ -33,6 +33,7 @@ from skymoe.train.metrics import MetricsLog, NoMetrics
 from skymoe.train.resume import check_same_run
 from skymoe.train.state import restore_state
 from skymoe.train.trackers import open_trackers
+from skymoe.train.upkeep_config import TrackConfig
 from skymoe.train.wiring import build_state, find_mesh, measure_machine, objective_of
 from skymoe.weights.generation import Generation, latest_generation
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from skymoe.base.errors import MissingExtraError
 from skymoe.base.log import logger
-from skymoe.train.config import TrackConfig
+from skymoe.train.upkeep_config import TrackConfig
 
 
 class Tracker(Protocol):

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import random
-import shutil
 import signal
-import subprocess
 import sys
 import time
 
 import pytest
+from faults.small_disk import file_system_of
 from parallel.launched import TOY, Launched, is_alive, launched, launched_toy, torchrun
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")]
@@ -21,16 +20,8 @@ START_S = 60  # loading torch on a busy machine
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 2 MB."""
-    mount = shutil.which("mount")
-    if os.geteuid() != 0 or mount is None:
-        pytest.skip("mounting needs root")
-    path = tmp_path / "disk"
-    path.mkdir()
-    done = subprocess.run([mount, "-t", "tmpfs", "-o", "size=2m", "tmpfs", path], capture_output=True, check=False)
-    if done.returncode != 0:
-        pytest.skip(f"no mount: {done.stderr.decode()}")
-    yield path
-    subprocess.run(["umount", path], check=True)
+    with file_system_of(tmp_path / "disk", "2m") as path:
+        yield path
 
 
 def assert_all_stop(running: Launched, ranks: dict[int, int], since: float) -> int:

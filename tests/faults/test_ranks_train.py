@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import random
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from faults.small_disk import file_system_of
 from parallel.launched import Launched, is_alive, launched
 from train.tiny import MOE, assert_same_state, recipe, untimed_lines
 
@@ -144,24 +144,14 @@ def test_a_rank_without_memory_ends_all_and_is_named(root, tmp_path):
 
 
 def test_a_full_disk_ends_all_with_one_answer_and_the_run_goes_on_when_there_is_space(root, tmp_path):
-    mount = shutil.which("mount")
-    if os.geteuid() != 0 or mount is None:
-        pytest.skip("mounting needs root")
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    done = subprocess.run([mount, "-t", "tmpfs", "-o", "size=1100k", "tmpfs", disk], capture_output=True, check=False)
-    if done.returncode != 0:
-        pytest.skip(f"no mount: {done.stderr.decode()}")
-    directory = disk / "run"
-    try:
+    with file_system_of(tmp_path / "disk", "1100k") as disk:
+        directory = disk / "run"
         with training(root, directory, "pp2", "checkpoint.on_save_error=abort") as running:
             assert running.wait(START_S) == 3, running.said
             assert "space" in running.said
-        subprocess.run([mount, "-o", "remount,size=64m", disk], check=True)
+        subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
         with training(root, directory, "pp2", "checkpoint.on_save_error=abort") as running:
             assert running.wait(START_S) == 0, running.said
-    finally:
-        subprocess.run(["umount", "-l", disk], check=True)
 
 
 def test_weights_that_run_away_end_all_ranks_with_one_decision(root, tmp_path):

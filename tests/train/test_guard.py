@@ -5,8 +5,8 @@ import math
 
 import pytest
 
-from skymoe.train.config import GuardConfig
 from skymoe.train.guard import Action, Guard
+from skymoe.train.upkeep_config import GuardConfig
 
 STEADY = [2.0, 2.1, 1.9, 2.05]
 

@@ -8,10 +8,10 @@ import pytest
 from train.tiny import recipe
 
 from skymoe.base.errors import MissingExtraError
-from skymoe.train.config import TrackConfig
 from skymoe.train.metrics import read_metrics
 from skymoe.train.run import run
 from skymoe.train.trackers import Trackers, flatten, open_trackers
+from skymoe.train.upkeep_config import TrackConfig
 
 
 class Recorder:
