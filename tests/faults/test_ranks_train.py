@@ -93,11 +93,11 @@ def reference(root: Path, references: dict[str, float], layout: str) -> Path:
 
 @pytest.mark.parametrize("layout, seed", [(list(LAYOUTS)[n % len(LAYOUTS)], n // len(LAYOUTS)) for n in range(KILLS)])
 def test_a_rank_killed_at_a_random_moment_costs_nothing_but_time(root, references, tmp_path, layout, seed):
-    """Half of the runs are started again by the launcher, half by the user."""
+    """Half of the runs are started again by the launcher, half by the user; half of each save while training goes on."""
     straight, directory = reference(root, references, layout), tmp_path / "run"
     chance = random.Random(f"{layout} {seed}")
-    restarts = seed % 2
-    with training(root, directory, layout, restarts=restarts, timeout_s=600) as running:
+    restarts, saving = seed % 2, f"checkpoint.asynchronous={bool(seed // 2 % 2)}"
+    with training(root, directory, layout, saving, restarts=restarts, timeout_s=600) as running:
         ranks = begun(running, directory)
         time.sleep(chance.uniform(0, references[layout]))
         victim = chance.choice(sorted(ranks))
@@ -109,7 +109,7 @@ def test_a_rank_killed_at_a_random_moment_costs_nothing_but_time(root, reference
         if code == 3:
             assert f"rank {victim}" in running.said
     if code:
-        with training(root, directory, layout, timeout_s=600) as running:
+        with training(root, directory, layout, saving, timeout_s=600) as running:
             assert running.wait(START_S) == 0, running.said
     assert_same_state(straight, directory)
     assert run_diff(DiffConfig(left=straight / "model", right=directory / "model")).exit_code == 0

@@ -1,0 +1,1 @@
+"""Drawings: timelines and memory, as SVG, in the terminal, in one HTML file."""

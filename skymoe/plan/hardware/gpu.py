@@ -1,0 +1,109 @@
+"""Gpu, Link, Cluster: a machine as the planner sees it. The catalogue is data (`gpus.yaml`); a measured profile
+overrides it. Units: bytes, seconds, FLOP/s; GB are 10^9 bytes, GiB 2^30.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Precision(StrEnum):
+    """In which format matrices are multiplied."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+    FP8 = "fp8"
+    INT8 = "int8"
+    INT4 = "int4"
+    NVFP4 = "nvfp4"
+
+    @property
+    def weight_bytes(self) -> float:
+        """Of a stored element, scales left out."""
+        return {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0, "int8": 1.0, "int4": 0.5, "nvfp4": 0.5}[self.value]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Link:
+    """A way between GPUs: time = latency_s + factor * bytes / bandwidth.
+
+    Attributes:
+        latency_s: alpha, launch included.
+        bandwidth: bytes per second and GPU in one direction that a collective reaches ("bus bandwidth").
+    """
+
+    latency_s: float
+    bandwidth: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Laws:
+    """The constants of the cost laws on one type of GPU; few, fitted or measured, with their origin in the data file.
+
+    GEMM: t = launch_s + sqrt((2MKN / (gemm * peak))^2 + (bytes / (memory * bandwidth))^2)   (research: three constants
+    fit 37,584 measured GEMMs within 6 to 10 %).
+
+    Attributes:
+        gemm: share of the peak that large matrix products reach.
+        memory: share of the memory bandwidth that streams reach.
+        launch_s: per kernel.
+        attention: share of the peak that fused (flash) attention reaches, forward, by FLOPs of the pairs it needs.
+        step_overhead_s: of a training step, beside what is modelled.
+    """
+
+    gemm: float
+    memory: float
+    launch_s: float
+    attention: float
+    step_overhead_s: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """One type of GPU.
+
+    Attributes:
+        name: catalogue name, as on the command line ("a800-80g").
+        title: as its maker calls it.
+        memory: bytes that a program can have.
+        peak: dense FLOP/s by precision; what is absent is computed in the next wider one.
+        bandwidth: of its memory, bytes per second.
+        node: the link within a node.
+        network: the link out of the node, per GPU.
+        gpus_per_node: as it is usually built.
+        laws: constants.
+        source: where the figures are from.
+    """
+
+    name: str
+    title: str
+    memory: float
+    peak: Mapping[Precision, float]
+    bandwidth: float
+    node: Link
+    network: Link
+    gpus_per_node: int
+    laws: Laws
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """Equal GPUs in nodes.
+
+    Attributes:
+        gpu: the type.
+        num_gpus: in all.
+        gpus_per_node: neighbours by rank number that share the node's link.
+    """
+
+    gpu: Gpu
+    num_gpus: int
+    gpus_per_node: int
+
+    def link(self, ranks: int, stride: int = 1) -> Link:
+        """The slowest link within a group of `ranks` whose numbers are `stride` apart."""
+        inside = ranks == 1 or (ranks - 1) * stride < self.gpus_per_node
+        return self.gpu.node if inside else self.gpu.network

@@ -1,0 +1,1 @@
+"""Bytes: what a rank holds, for good and for a moment."""

@@ -1,0 +1,1 @@
+"""The best division of a pipeline: exact, with a certificate; and what a step of it looks like."""

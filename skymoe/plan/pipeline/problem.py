@@ -1,0 +1,134 @@
+"""A pipeline to be divided, in abstract units of time and memory, and the answer with its proof.
+
+Units (layers, or halves of them) are divided in order over stages; each stage may run the first r of its layers again
+in the backward pass and then keeps only their inputs. The first stage also has the embedding, the last one the head.
+
+    F_s = sum f_u (+ embedding | head)        B_s = sum b_u + sum_{u run again} again_u (+ embedding | head)
+    memory_s = sum static_u + k_s (sum_{u kept} activation_u + sum_{layers run again} checkpoint)
+               + max over layers run again of its activation + transient of the ends <= memory
+
+k_s is the number of micro-batches alive: min(P - s, m) under 1F1B. Units that share `layer` are halves of one layer:
+run again together, with one checkpoint, the first one's. (research/planner.md 2.1.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from skymoe.spec.layout import ScheduleKind
+from skymoe.spec.split import Split
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unit:
+    """What is never cut.
+
+    Attributes:
+        forward, backward: time of one micro-batch.
+        weight: the part of `backward` that is gradients of weights.
+        again: added to `backward` when run again; None means `forward`.
+        static, activation, checkpoint: memory for good; per micro-batch when kept; per micro-batch when run again.
+        transient: memory while it runs; the largest of a stage counts once.
+        layer: units with the same number are halves of one layer.
+    """
+
+    forward: float
+    backward: float
+    weight: float = 0.0
+    again: float | None = None
+    static: float = 0.0
+    activation: float = 0.0
+    checkpoint: float = 0.0
+    transient: float = 0.0
+    layer: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class End:
+    """The embedding or the head. Never run again; `activation` per micro-batch alive, `transient` once."""
+
+    forward: float = 0.0
+    backward: float = 0.0
+    weight: float = 0.0
+    static: float = 0.0
+    activation: float = 0.0
+    transient: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """A pipeline to be divided.
+
+    Attributes:
+        units: in order.
+        num_ranks: P.
+        num_micro: m.
+        embedding, head: the ends.
+        memory: per rank, or None for no limit.
+        hop: from rank to rank, one way.
+        schedule, chunks: of the pipeline, and stages per rank (1 for 1f1b, 2 for zbv).
+        recompute: whether layers may be run again.
+        whole_layers: stages end at layers' ends only.
+    """
+
+    units: tuple[Unit, ...]
+    num_ranks: int
+    num_micro: int
+    embedding: End = End()
+    head: End = End()
+    memory: float | None = None
+    hop: float = 0.0
+    schedule: ScheduleKind = ScheduleKind.ONE_F_ONE_B
+    chunks: int = 1
+    recompute: bool = True
+    whole_layers: bool = False
+
+    @property
+    def num_stages(self) -> int:
+        """Stages over all ranks."""
+        return self.num_ranks * self.chunks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Certificate:
+    """How good an answer is.
+
+    Attributes:
+        optimal: proven: no division of this schedule is faster in simulation.
+        lower_bound: no division is faster than this.
+        gap: makespan / lower_bound - 1; 0 when optimal.
+        method: how it was shown, in words.
+        examined: divisions that were simulated.
+    """
+
+    optimal: bool
+    lower_bound: float
+    gap: float
+    method: str
+    examined: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """A division.
+
+    Attributes:
+        stages: units per stage.
+        recompute: layers run again per stage (the first ones; a cut layer counts in both its stages).
+        makespan: of a step, simulated.
+        memory: peak per rank.
+        busy: time of the passes per rank.
+        certificate: how good.
+    """
+
+    stages: Split
+    recompute: tuple[int, ...]
+    makespan: float
+    memory: tuple[float, ...]
+    busy: tuple[float, ...]
+    certificate: Certificate
+
+    @property
+    def bubble(self) -> float:
+        """Idle part of all ranks' time."""
+        return 1.0 - sum(self.busy) / (len(self.busy) * self.makespan) if self.makespan else 0.0

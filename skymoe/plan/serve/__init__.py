@@ -1,0 +1,1 @@
+"""Layouts for serving: units over unequal GPUs, what fits, how fast."""

@@ -1,0 +1,1 @@
+"""Layouts for training: every way to use N GPUs, priced, ranked and explained."""
