@@ -19,7 +19,7 @@ from skymoe import __version__
 from skymoe.base.errors import SkymoeError
 from skymoe.base.files import machine_errors
 from skymoe.base.log import setup_logging
-from skymoe.cli import convert, jobs, tools
+from skymoe.cli import convert, jobs, plan, tools
 
 _DEFECT = 70  # sysexits.h EX_SOFTWARE: ours, not the user's
 
@@ -51,6 +51,7 @@ for command in (
     jobs.report,
 ):
     app.command()(command)
+app.add_typer(plan.app, name="plan", help="Plan layouts for training and serving, on paper.")
 app.add_typer(tools.data, name="data", help="Make token files from text.")
 app.add_typer(tools.ckpt, name="ckpt", help="List, verify and compare checkpoints.")
 app.add_typer(tools.config, name="config", help="Show what a recipe means and what may stand in it.")

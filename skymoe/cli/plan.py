@@ -1,0 +1,7 @@
+"""`skymoe plan`: decisions on paper. Nothing here, nor what it leads to, imports torch (but `profile`, which measures)."""
+
+from __future__ import annotations
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, help="Plan a training or serving layout before a GPU hour is burned.")
