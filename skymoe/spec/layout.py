@@ -99,6 +99,8 @@ class Layout:
         for axis in ("pp", "dp", "tp"):
             if getattr(self, axis) < 1:
                 raise ConfigError(f"{axis} must be at least 1, got {getattr(self, axis)}")
+        for name, kind in (("expert", ExpertAxis), ("dispatch", DispatchMode), ("schedule", ScheduleKind)):
+            object.__setattr__(self, name, _choice(name, kind, getattr(self, name)))
         num_stages = self.stages.num_ranks
         if num_stages % self.pp:
             raise ConfigError(f"{num_stages} stages are not a multiple of pp {self.pp}")
@@ -218,3 +220,11 @@ class Layout:
                 where="parallel.expert",
                 hint="parallel.expert=edp" if self.expert is not ExpertAxis.EDP else "a smaller parallel.tp",
             )
+
+
+def _choice(name: str, kind: type[StrEnum], value: str) -> StrEnum:
+    """`value` as the enum, so that a plain "edp" is one and a word that is none does not pass."""
+    try:
+        return kind(value)
+    except ValueError:
+        raise ConfigError(f"{name} is one of {', '.join(kind)}, got {value!r}") from None
