@@ -10,8 +10,8 @@ from typing import Any
 
 from skymoe.base.document import parse_yaml
 from skymoe.base.errors import SkymoeError
+from skymoe.base.html import Html, el, facts, join, table
 from skymoe.report.data import Material, Run
-from skymoe.report.html import Html, el, facts, join, table
 from skymoe.report.sections import Section, missing, swatch
 from skymoe.report.verdict import duration, scientific
 

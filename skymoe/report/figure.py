@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from skymoe.base.html import Html, el
 from skymoe.report.charts import AXES, Chart, Line
-from skymoe.report.html import Html, el
 
 _SWITCH = {"tokens": "equal tokens", "flops": "equal compute"}
 _CHIPS = 9  # with more lines than this the layers' legend becomes a ramp

@@ -15,9 +15,9 @@ from importlib import resources
 from typing import Any
 
 from skymoe.base.errors import MissingExtraError
+from skymoe.base.html import Html, el
 from skymoe.report.charts import AXES, Chart
 from skymoe.report.data import Material
-from skymoe.report.html import Html, el
 from skymoe.report.sections import Section
 from skymoe.report.series import bits_per_byte, tail_mean
 from skymoe.report.verdict import Comparison, count, fixed, headline, percent, scientific

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from skymoe.base.html import Html, el, facts, join, table
 from skymoe.report.data import Run
 from skymoe.report.figure import chip
-from skymoe.report.html import Html, el, facts, join, table
 from skymoe.report.sections import Section, missing, swatch
 from skymoe.report.series import tail_mean
 from skymoe.report.speed import median, percent_of

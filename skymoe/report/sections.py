@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from skymoe.base.html import Html, el, join, table
 from skymoe.report import charts
 from skymoe.report.charts import Chart
 from skymoe.report.data import Material, Run
 from skymoe.report.figure import figure, heat_figure, layer_key
-from skymoe.report.html import Html, el, join, table
 from skymoe.report.series import bits_per_byte, domains, mean, tail_mean
 from skymoe.report.verdict import Comparison, fixed, pair, percent
 

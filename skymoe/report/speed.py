@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from skymoe.base.html import el, join, table
 from skymoe.report import charts
 from skymoe.report.data import Material, Run
 from skymoe.report.figure import figure
-from skymoe.report.html import el, join, table
 from skymoe.report.sections import Section, missing, swatch
 from skymoe.report.series import Floats, tail_mean
 from skymoe.report.verdict import NARROW, count, duration, scientific
