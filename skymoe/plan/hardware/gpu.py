@@ -25,6 +25,16 @@ class Precision(StrEnum):
         return {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0, "int8": 1.0, "int4": 0.5, "nvfp4": 0.5}[self.value]
 
 
+_WIDER = {
+    Precision.FP32: (Precision.FP32,),
+    Precision.BF16: (Precision.BF16, Precision.FP32),
+    Precision.FP8: (Precision.FP8, Precision.BF16, Precision.FP32),
+    Precision.INT8: (Precision.INT8, Precision.FP8, Precision.BF16, Precision.FP32),
+    Precision.INT4: (Precision.BF16, Precision.FP32),  # a format of stored weights; multiplied in 16 bits
+    Precision.NVFP4: (Precision.NVFP4, Precision.FP8, Precision.BF16, Precision.FP32),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Link:
     """A way between GPUs: time = latency_s + factor * bytes / bandwidth.
@@ -46,7 +56,8 @@ class Laws:
     fit 37,584 measured GEMMs within 6 to 10 %).
 
     Attributes:
-        gemm: share of the peak that large matrix products reach.
+        gemm: share of the peak that large matrix products reach, in 32 and 16 bits.
+        gemm_narrow: the same in 8 and 4 bits.
         memory: share of the memory bandwidth that streams reach.
         launch_s: per kernel.
         attention: share of the peak that fused (flash) attention reaches, forward, by FLOPs of the pairs it needs.
@@ -54,6 +65,7 @@ class Laws:
     """
 
     gemm: float
+    gemm_narrow: float
     memory: float
     launch_s: float
     attention: float
@@ -74,7 +86,8 @@ class Gpu:
         network: the link out of the node, per GPU.
         gpus_per_node: as it is usually built.
         laws: constants.
-        source: where the figures are from.
+        source: where these figures are from.
+        origin: where the constants of the laws are from.
     """
 
     name: str
@@ -87,6 +100,22 @@ class Gpu:
     gpus_per_node: int
     laws: Laws
     source: str
+    origin: str = ""
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.laws))  # `peak` is a mapping; equality compares all of it
+
+    def peak_of(self, precision: Precision) -> float:
+        """FLOP/s in `precision`, or in the next wider one that the GPU has."""
+        return next(self.peak[wider] for wider in _WIDER[precision] if wider in self.peak)
+
+    def reached(self, precision: Precision) -> float:
+        """FLOP/s that large matrix products reach."""
+        narrow = next(wider for wider in _WIDER[precision] if wider in self.peak) not in (
+            Precision.FP32,
+            Precision.BF16,
+        )
+        return self.peak_of(precision) * (self.laws.gemm_narrow if narrow else self.laws.gemm)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,5 +134,8 @@ class Cluster:
 
     def link(self, ranks: int, stride: int = 1) -> Link:
         """The slowest link within a group of `ranks` whose numbers are `stride` apart."""
-        inside = ranks == 1 or (ranks - 1) * stride < self.gpus_per_node
-        return self.gpu.node if inside else self.gpu.network
+        return self.gpu.node if self.neighbours(ranks, stride) == ranks else self.gpu.network
+
+    def neighbours(self, ranks: int, stride: int = 1) -> int:
+        """How many of a group's ranks share a node."""
+        return max(1, min(ranks, self.gpus_per_node // stride))
