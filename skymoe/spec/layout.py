@@ -178,8 +178,7 @@ class Layout:
 
     def ffn(self, size: int) -> Split:
         """Columns of a feed-forward of inner width `size` over tp, in the largest blocks up to 64 that divide it."""
-        block = next(b for b in (64, 32, 16, 8, 4, 2, 1) if size % b == 0 and (size // b >= self.tp or b == 1))
-        return Split.remainder_first(size // block, self.tp).scaled(block)
+        return column_blocks(size, self.tp)
 
     def vocabulary(self, spec: ModelSpec) -> Split:
         """Rows of embedding and head over tp."""
@@ -220,6 +219,12 @@ class Layout:
                 where="parallel.expert",
                 hint="parallel.expert=edp" if self.expert is not ExpertAxis.EDP else "a smaller parallel.tp",
             )
+
+
+def column_blocks(size: int, num_ranks: int) -> Split:
+    """`size` columns over ranks, in the largest blocks up to 64 that divide it."""
+    block = next(b for b in (64, 32, 16, 8, 4, 2, 1) if size % b == 0 and (size // b >= num_ranks or b == 1))
+    return Split.remainder_first(size // block, num_ranks).scaled(block)
 
 
 def _choice(name: str, kind: type[StrEnum], value: str) -> StrEnum:

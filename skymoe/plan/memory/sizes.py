@@ -60,4 +60,9 @@ class RankMemory:
     @property
     def total(self) -> float:
         """All of it."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.transient + self.reserve
+        return self.allocated + self.reserve
+
+    @property
+    def allocated(self) -> float:
+        """What tensors take: what frameworks print as peak memory (`torch.cuda.max_memory_allocated`)."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.transient
