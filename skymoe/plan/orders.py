@@ -4,9 +4,12 @@
                   backwards that are left (PipeDream-flush; Narayanan et al. 2021, figure 4)
     interleaved   the same with several chunks per rank: forwards take `pp` micro-batches through chunk after chunk,
                   backwards from the last chunk to the first (Narayanan et al. 2021, figure 4, below)
+    gpipe         all forwards, then all backwards (Huang et al. 2019): the same bubble as 1f1b, with every micro-batch
+                  alive at once; for comparison only
     zbv           two stages per rank, down the ranks and up again, the backward cut in two (Qi et al. 2024, section 6)
 
-These are the orders that torch's schedules run (a test holds them together); where an order says nothing about waiting,
+Beside them, made for given times: plan/zero_bubble.py and plan/eager.py. 1f1b, interleaved and zbv are the orders that
+torch's schedules run (a test holds them together); where an order says nothing about waiting,
 the tasks wait for their inputs. No torch here.
 """
 
@@ -85,6 +88,15 @@ def one_f_one_b(pp: int, num_micro: int) -> Order:
         tasks += [Task(rank, B, micro) for micro in range(num_micro - warm_up, num_micro)]
         order.append(tuple(tasks))
     return tuple(order)
+
+
+def gpipe(pp: int, num_micro: int) -> Order:
+    """Stage r is on rank r."""
+    micros = range(num_micro)
+    return tuple(
+        (*(Task(rank, F, micro) for micro in micros), *(Task(rank, B, micro) for micro in micros))
+        for rank in range(pp)
+    )
 
 
 def interleaved(pp: int, chunks: int, num_micro: int) -> Order:

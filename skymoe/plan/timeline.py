@@ -47,6 +47,27 @@ class Timeline:
         """Idle part of all ranks' time."""
         return bubble_fraction(list(self.times.values()))
 
+    @property
+    def longest_rank_s(self) -> float:
+        """From the first pass to the last one of the rank for which that is longest.
+
+        What a step costs when ranks begin the next one without waiting for each other (post-validation of the
+        optimizer's step; Qi et al. 2024, section 4). Their zero bubble is meant so.
+        """
+        first: dict[int, float] = {}
+        last: dict[int, float] = {}
+        for span in self.spans:
+            first[span.rank] = min(first.get(span.rank, span.start_s), span.start_s)
+            last[span.rank] = max(last.get(span.rank, span.end_s), span.end_s)
+        return max((last[rank] - start for rank, start in first.items()), default=0.0)
+
+    @property
+    def bubble_of_longest_rank(self) -> float:
+        """Idle part of all ranks' time when a step costs `longest_rank_s` (the bubble rate of Qi et al. 2024, 5.3)."""
+        busy = sum(times.busy_s for times in self.times.values())
+        whole = len({span.rank for span in self.spans}) * self.longest_rank_s
+        return 1.0 - busy / whole if whole else 0.0
+
     def period_s(self, stage: int, kind: PassKind = "F") -> float:
         """Seconds between micro-batches in the middle of the step, as `stage` starts them."""
         starts = [span.start_s for span in self.spans if span.stage == stage and span.kind == kind]
