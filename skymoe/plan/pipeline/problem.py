@@ -4,11 +4,11 @@ Units (layers, or halves of them) are divided in order over stages; each stage m
 in the backward pass and then keeps only their inputs. The first stage also has the embedding, the last one the head.
 
     F_s = sum f_u (+ embedding | head)        B_s = sum b_u + sum_{u run again} again_u (+ embedding | head)
-    memory_s = sum static_u + k_s (sum_{u kept} activation_u + sum_{layers run again} checkpoint)
-               + max over layers run again of its activation + transient of the ends <= memory
+    memory_s = sum static_u + k_s (sum_{u kept} activation_u + sum_{layers run again} checkpoint) + what runs <= memory
 
 k_s is the number of micro-batches alive: min(P - s, m) under 1F1B. Units that share `layer` are halves of one layer:
-run again together, with one checkpoint, the first one's. (research/planner.md 2.1.)
+run again together, with one checkpoint, that of the first one in the stage. "What runs" is the largest of: a unit's
+transient; an end's; of a layer that is run again, its activation and its units' largest transient together.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Unit:
         weight: the part of `backward` that is gradients of weights.
         again: added to `backward` when run again; None means `forward`.
         static, activation, checkpoint: memory for good; per micro-batch when kept; per micro-batch when run again.
-        transient: memory while it runs; the largest of a stage counts once.
+        transient: memory while it runs; the largest of a rank counts once.
         layer: units with the same number are halves of one layer.
     """
 
@@ -45,7 +45,7 @@ class Unit:
 
 @dataclass(frozen=True, kw_only=True)
 class End:
-    """The embedding or the head. Never run again; `activation` per micro-batch alive, `transient` once."""
+    """The embedding or the head. Never run again; `activation` per micro-batch alive, `transient` while it runs."""
 
     forward: float = 0.0
     backward: float = 0.0
@@ -64,6 +64,8 @@ class Problem:
         num_ranks: P.
         num_micro: m.
         embedding, head: the ends.
+        shared: on every stage, beside its units: a head that is divided over all ranks (vocabulary.py).
+        extra_alive: micro-batches that every rank keeps longer than the order says.
         memory: per rank, or None for no limit.
         hop: from rank to rank, one way.
         schedule, chunks: of the pipeline, and stages per rank (1 for 1f1b, 2 for zbv).
@@ -76,6 +78,8 @@ class Problem:
     num_micro: int
     embedding: End = End()
     head: End = End()
+    shared: End = End()
+    extra_alive: int = 0
     memory: float | None = None
     hop: float = 0.0
     schedule: ScheduleKind = ScheduleKind.ONE_F_ONE_B

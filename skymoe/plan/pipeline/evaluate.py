@@ -1,0 +1,72 @@
+"""One division, evaluated: what a step takes and what every rank keeps; and the uniform division, which is always shown
+beside the planned one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from skymoe.base.errors import ConfigError
+from skymoe.plan.pipeline.loads import layers_of, loads_of, peak_memory
+from skymoe.plan.pipeline.makespan import makespan_of
+from skymoe.plan.pipeline.problem import Answer, Certificate, Problem
+from skymoe.plan.pipeline.schedule import check_schedule, ranks_of
+from skymoe.spec.split import Split
+
+NO_CLAIM = Certificate(optimal=False, lower_bound=0.0, gap=0.0, method="evaluated, not searched", examined=1)
+
+
+def evaluate(
+    problem: Problem, stages: Split, recompute: Sequence[int], certificate: Certificate = NO_CLAIM
+) -> Answer:
+    """Simulate one division. It need not fit the memory: `fits` says so.
+
+    Raises:
+        ConfigError: a division of other units or stages than the problem's.
+    """
+    check_schedule(problem)
+    if stages.num_ranks != problem.num_stages or stages.num_units != len(problem.units):
+        raise ConfigError(
+            f"{stages.num_units} units in {stages.num_ranks} stages, the problem has {len(problem.units)} units and "
+            f"{problem.num_stages} stages"
+        )
+    if len(recompute) != stages.num_ranks or any(count < 0 for count in recompute):
+        raise ConfigError(f"recompute needs a count for each of the {stages.num_ranks} stages, got {list(recompute)}")
+    loads = loads_of(problem, stages.sizes, recompute)
+    busy = [problem.num_micro * (load.forward + load.backward) for load in loads]
+    return Answer(
+        stages=stages,
+        recompute=tuple(recompute),
+        makespan=makespan_of(problem, loads),
+        memory=tuple(peak_memory(problem, loads)),
+        busy=tuple(sum(busy[stage] for stage in own) for own in ranks_of(problem)),
+        certificate=certificate,
+    )
+
+
+def fits(problem: Problem, answer: Answer) -> bool:
+    """Whether every rank's peak is within the problem's memory."""
+    return problem.memory is None or max(answer.memory) <= problem.memory
+
+
+def uniform(problem: Problem) -> Answer:
+    """What a user without a planner has: equal numbers of whole layers, the remainder first, and on every stage the
+    same number of layers run again, the smallest that fits (all of them where none does; see `fits`).
+
+    With fewer layers than stages, units are divided instead of layers.
+    """
+    layers = layers_of(problem.units)
+    counts = Split.remainder_first(len(layers), problem.num_stages)
+    if len(layers) >= problem.num_stages:
+        sizes = tuple(sum(len(layers[layer]) for layer in part) for part in counts)
+    else:
+        sizes = Split.remainder_first(len(problem.units), problem.num_stages).sizes
+    stages, most = Split(sizes), max(_num_layers(problem, sizes))
+    for again in range(most + 1 if problem.recompute else 1):
+        recompute = [min(again, count) for count in _num_layers(problem, sizes)]
+        if problem.memory is None or max(peak_memory(problem, loads_of(problem, sizes, recompute))) <= problem.memory:
+            break
+    return evaluate(problem, stages, recompute)
+
+
+def _num_layers(problem: Problem, sizes: Sequence[int]) -> list[int]:
+    return [len({problem.units[unit].layer for unit in part}) for part in Split(tuple(sizes))]
