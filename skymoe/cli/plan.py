@@ -4,4 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from skymoe.cli import plan_profile
+
 app = typer.Typer(no_args_is_help=True, help="Plan a training or serving layout before a GPU hour is burned.")
+app.command()(plan_profile.profile)
