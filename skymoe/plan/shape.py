@@ -53,6 +53,7 @@ class FfnShape:
         gated: SwiGLU (three matrices) or not (two).
         num_experts, top_k: routed experts, and how many a token uses.
         shared_inner: inner width of the experts that every token uses, together.
+        shared_gate: these are weighed by a gate of their own (Qwen2-MoE).
     """
 
     inner: int
@@ -60,6 +61,7 @@ class FfnShape:
     num_experts: int = 0
     top_k: int = 0
     shared_inner: int = 0
+    shared_gate: bool = False
 
     @property
     def is_moe(self) -> bool:
@@ -79,7 +81,8 @@ class FfnShape:
         """What every token passes: the dense feed-forward, or router and shared experts."""
         if not self.is_moe:
             return self.matrices * hidden_size * self.inner
-        return hidden_size * self.num_experts + self.matrices * hidden_size * self.shared_inner
+        gate = hidden_size if self.shared_gate else 0
+        return hidden_size * self.num_experts + self.matrices * hidden_size * self.shared_inner + gate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +135,8 @@ def layer_parameters(layer: LayerShape, hidden_size: int) -> int:
 
 def shape_of(spec: ModelSpec, name: str = "model") -> ModelShape:
     """The shape of a model that this package knows."""
-    layers = []
+    layers: list[LayerShape] = []
+    known: dict[LayerShape, LayerShape] = {}
     for layer in range(spec.num_layers):
         attention = AttentionShape(
             num_heads=spec.num_heads, num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim, value_dim=spec.head_dim,
@@ -141,11 +145,13 @@ def shape_of(spec: ModelSpec, name: str = "model") -> ModelShape:
         if spec.moe is not None and spec.is_moe_layer(layer):
             moe = spec.moe
             ffn = FfnShape(
-                inner=moe.ffn_size, num_experts=moe.num_experts, top_k=moe.top_k, shared_inner=moe.shared_ffn_size
-            )
+                inner=moe.ffn_size, num_experts=moe.num_experts, top_k=moe.top_k, shared_inner=moe.shared_ffn_size,
+                shared_gate=moe.shared_ffn_size > 0,
+            )  # fmt: skip
         else:
             ffn = FfnShape(inner=spec.ffn_size)
-        layers.append(LayerShape(attention=attention, ffn=ffn))
+        made = LayerShape(attention=attention, ffn=ffn)
+        layers.append(known.setdefault(made, made))
     return ModelShape(
         name=name, hidden_size=spec.hidden_size, vocab_size=spec.vocab_size, layers=tuple(layers),
         tied=spec.tie_embeddings,

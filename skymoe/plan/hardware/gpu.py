@@ -105,17 +105,18 @@ class Gpu:
     def __hash__(self) -> int:
         return hash((self.name, self.laws))  # `peak` is a mapping; equality compares all of it
 
-    def peak_of(self, precision: Precision) -> float:
-        """FLOP/s in `precision`, or in the next wider one that the GPU has."""
-        return next(self.peak[wider] for wider in _WIDER[precision] if wider in self.peak)
+    def flops(self, precision: Precision) -> float:
+        """Peak FLOP/s in `precision`, or in the next wider one that the GPU has."""
+        return self.peak[self.computed_in(precision)]
+
+    def computed_in(self, precision: Precision) -> Precision:
+        """`precision`, or the next wider one that the GPU has."""
+        return next(wider for wider in _WIDER[precision] if wider in self.peak)
 
     def reached(self, precision: Precision) -> float:
         """FLOP/s that large matrix products reach."""
-        narrow = next(wider for wider in _WIDER[precision] if wider in self.peak) not in (
-            Precision.FP32,
-            Precision.BF16,
-        )
-        return self.peak_of(precision) * (self.laws.gemm_narrow if narrow else self.laws.gemm)
+        wide = self.computed_in(precision) in (Precision.FP32, Precision.BF16)
+        return self.flops(precision) * (self.laws.gemm if wide else self.laws.gemm_narrow)
 
 
 @dataclass(frozen=True, kw_only=True)

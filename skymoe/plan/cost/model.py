@@ -1,0 +1,47 @@
+"""The price list of a work: every half layer, the ends, the hop. The door of the cost model.
+
+    prices(work)                        seconds of one micro-batch, part by part
+    step_end(work, stages, ..)          what follows the last backward
+    flops(shape, sequence_length, ..)   what of it was arithmetic of the model
+
+The halves of equal layers are priced once, so a search can ask for thousands of works. The laws are in laws.py and
+collectives.py, what they are applied to in attention.py, ffn.py, ends.py; docs/planner_costs.md has all of it in one
+place with sources, and what is left out.
+"""
+
+from __future__ import annotations
+
+from skymoe.plan.cost.attention import attention_bill
+from skymoe.plan.cost.bill import Bill, Frame
+from skymoe.plan.cost.ends import embedding_bill, head_bill, hop_s
+from skymoe.plan.cost.ffn import ffn_bill
+from skymoe.plan.cost.flops import ShapeFlops, flops
+from skymoe.plan.cost.prices import Price, Prices
+from skymoe.plan.cost.step_end import step_end
+from skymoe.plan.shape import LayerShape
+from skymoe.plan.work import Recompute, Work
+
+__all__ = ["ShapeFlops", "flops", "prices", "step_end"]
+
+
+def prices(work: Work) -> Prices:
+    """What each part of `work` costs on one rank, per micro-batch."""
+    frame = Frame(work)
+    known: dict[LayerShape, tuple[Price, Price]] = {}
+    halves: list[Price] = []
+    for layer in work.shape.layers:
+        if layer not in known:
+            known[layer] = _layer(frame, layer)
+        halves += known[layer]
+    return Prices(
+        halves=tuple(halves),
+        embedding=embedding_bill(frame).price(Recompute.NONE),
+        head=head_bill(frame).price(Recompute.NONE),
+        hop_s=hop_s(frame),
+    )
+
+
+def _layer(frame: Frame, layer: LayerShape) -> tuple[Price, Price]:
+    bills: tuple[Bill, Bill] = attention_bill(frame, layer.attention), ffn_bill(frame, layer.ffn)
+    first, second = (bill.price(frame.work.recompute) for bill in bills)
+    return first, second
