@@ -2,9 +2,10 @@
 
     peak = static + max over moments ( sum over its stages alive_s * kept_s ) + what runs + reserve
 
-A micro-batch leaves in a stage what its layers keep, and only the input of those that are run again whole; "what runs"
-is the largest of: a layer that is made again, gathered (ZeRO-3) or exchanges its tokens; the head with logits and
-their gradient. They never run at once.
+A micro-batch leaves in a stage what its layers keep, and only the input of those that are run again whole. "What runs"
+is a layer that is made again, gathered (ZeRO-3) or exchanges its tokens, the head with logits and their gradient, the
+gradient of the embedding: never two at once, and each meets only what the backward pass of its micro-batch has not let
+go yet. The most is at the beginning of a backward pass, or where a part needs more than those behind it have freed.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from skymoe.spec.split import Split
 
 @dataclass(frozen=True)
 class _Stage:
-    """`parts` stay; `kept` is of one micro-batch; `transient` is the largest that runs."""
+    """`parts` stay; `kept` is of one micro-batch; `transient` is the most on top of all that is kept."""
 
     parts: tuple[Size, ...]
     kept: float
@@ -67,22 +68,27 @@ def _stages_of(schedule: ScheduleKind, pp: int, num_stages: int, rank: int) -> t
 
 
 def _stage(sizes: Sizes, stages: Split, stage: int, again: int) -> _Stage:
+    """Walk the stage backwards, as the backward pass does: what runs meets what is not let go yet."""
     units = stages.part(stage)
     parts = [sizes.halves[unit] for unit in units]
     layers = [unit // 2 for unit in units]
     first_kept = layers[0] + again if layers else 0
-    kept, transient = 0.0, 0.0
-    for layer in dict.fromkeys(layers):
+    is_last = stage == stages.num_ranks - 1
+    kept, transient = (sizes.head.activation, sizes.head.transient) if is_last else (0.0, 0.0)
+    for layer in reversed(dict.fromkeys(layers)):
         halves = [half for half, its in zip(parts, layers, strict=True) if its == layer]
-        whole, runs = sum(half.activation for half in halves), max(half.transient for half in halves)
-        checkpoint = halves[0].checkpoint
-        kept += checkpoint if layer < first_kept else whole
-        transient = max(transient, runs + (max(0.0, whole - checkpoint) if layer < first_kept else 0.0))
-    ends = [sizes.embedding] if stage == 0 else []
-    if stage == stages.num_ranks - 1:
-        ends.append(sizes.head)
-    kept += sum(end.activation for end in ends)
-    return _Stage((*parts, *ends), kept, max([transient, *(end.transient for end in ends)]))
+        if layer < first_kept:
+            whole, checkpoint = sum(half.activation for half in halves), halves[0].checkpoint
+            runs = max(0.0, whole - checkpoint) + max(half.transient for half in halves)
+            transient, kept = max(transient, runs - kept), kept + checkpoint
+            continue
+        for half in reversed(halves):
+            transient, kept = max(transient, half.transient - kept), kept + half.activation
+    ends = [sizes.head] if is_last else []
+    if stage == 0:
+        ends.append(sizes.embedding)
+        transient, kept = max(transient, sizes.embedding.transient - kept), kept + sizes.embedding.activation
+    return _Stage((*parts, *ends), kept, transient)
 
 
 def _rank(sizes: Sizes, stages: Sequence[_Stage], moments: Sequence[tuple[int, ...]]) -> RankMemory:
