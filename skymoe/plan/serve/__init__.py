@@ -1,1 +1,1 @@
-"""Layouts for serving: units over unequal GPUs, what fits, how fast."""
+"""Serving on paper: a model divided over equal or unequal GPUs, what fits, and how many tokens a second it gives."""
