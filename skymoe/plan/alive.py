@@ -4,8 +4,8 @@ A micro-batch is alive in a stage from the start of its forward pass to the end 
 part, where a schedule has that apart. Between the two parts a stage may keep less (Qi et al. 2024, table 1: the inputs
 of the matrix products, without what only the way back needs); `weight_bytes` says how much.
 
-A closed form (min(P - s, m) under 1F1B) is what a solver asks for; this counts what a timeline really does, whatever its
-order. What it leaves out: a pass takes and gives back its memory at its ends, not layer by layer.
+A closed form (min(P - s, m) under 1F1B) is what a solver asks for; this counts what a timeline really does, whatever
+its order. What it leaves out: a pass takes and gives back its memory at its ends, not layer by layer.
 """
 
 from __future__ import annotations

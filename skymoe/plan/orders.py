@@ -94,8 +94,7 @@ def gpipe(pp: int, num_micro: int) -> Order:
     """Stage r is on rank r."""
     micros = range(num_micro)
     return tuple(
-        (*(Task(rank, F, micro) for micro in micros), *(Task(rank, B, micro) for micro in micros))
-        for rank in range(pp)
+        (*(Task(rank, F, micro) for micro in micros), *(Task(rank, B, micro) for micro in micros)) for rank in range(pp)
     )
 
 

@@ -20,10 +20,13 @@ from skymoe.plan.orders import Order
 from skymoe.plan.timeline import Timeline
 from skymoe.spec.timeline import PassKind, Span
 
-_FORWARD: Final = 0
-_BACKWARD: Final = 1
 _WEIGHTS: Final = 2
-_RESULT: Final[dict[PassKind, int]] = {"F": _FORWARD, "B": _BACKWARD, "I": _BACKWARD, "W": _WEIGHTS}
+_RESULT: Final[dict[PassKind, int]] = {
+    "F": 0,
+    "B": 1,
+    "I": 1,
+    "W": _WEIGHTS,
+}  # what others wait for: both ways back end in it
 
 
 def simulate(
@@ -114,7 +117,9 @@ def _starts(
             own.append(now)
             now += seconds[kind][stage]
             result = _RESULT[kind]
-            hop = 0.0 if result == _WEIGHTS else down[stage] if result == _FORWARD else down[stage - 1] if stage else 0.0
+            hop = (
+                0.0 if result == _WEIGHTS else down[stage] if result == _FORWARD else down[stage - 1] if stage else 0.0
+            )
             key = result * per_result + here
             arrived[key] = now + hop
             if exposed:
