@@ -52,9 +52,8 @@ def _layer_sizes(work: Work, layer: LayerShape, runtime: Runtime) -> tuple[Size,
 def _embedding(work: Work) -> Size:
     """The gradient of the whole table is formed, then added to what there is of it."""
     parameters = embedding_parameters(work.shape, work.division.tp)
-    mask = stream_elements(work) if work.shape.dropout else 0.0
     gradient = parameters.total * element_bytes(work)
-    return _size(work, parameters, activation=mask, transient=gradient + _gathered(work, parameters))
+    return _size(work, parameters, transient=gradient + _gathered(work, parameters))
 
 
 def _head(work: Work, runtime: Runtime) -> Size:
@@ -67,12 +66,15 @@ def _head(work: Work, runtime: Runtime) -> Size:
 
 
 def _gathered(work: Work, parameters: Parameters) -> float:
-    """ZeRO-3: a layer and the next one whole, and the gradients of one before they are divided."""
-    return parameters.total * element_bytes(work) * 3 if work.division.zero_stage >= 3 else 0.0
+    """ZeRO-3: a layer and the next one whole, and the gradients of one before they are divided. See `static_bytes`."""
+    moves = work.division.zero_stage >= 3 and work.division.pp == 1
+    return parameters.total * element_bytes(work) * 3 if moves else 0.0
 
 
-def _size(work: Work, parameters: Parameters, *, activation: float, transient: float, checkpoint: float = 0.0) -> Size:
-    static = static_bytes(parameters, work.division)
+def _size(
+    work: Work, parameters: Parameters, *, activation: float = 0.0, transient: float, checkpoint: float = 0.0
+) -> Size:
+    static = static_bytes(parameters, work.division, element_bytes(work))
     return Size(
         weights=static.weights, gradients=static.gradients, optimizer=static.optimizer,
         activation=activation, checkpoint=checkpoint, transient=transient,

@@ -13,6 +13,7 @@ tensors that autograd saves by a test.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 
@@ -42,3 +43,10 @@ PLAIN = Runtime(logit_bytes=14.0, gate_copies=3, routed_outputs=True)
 SKYMOE = Runtime(
     logit_bytes=0.0, residual_bytes=4.0, router_copy=True, gate_copies=3, routed_outputs=True, statistics_bytes=4.0
 )
+
+
+def runtime_of(framework: str) -> Runtime:
+    """The account that fits a framework's name, as tables of measurements write it; MEGATRON where none is known."""
+    if re.search(r"torchtitan|fsdp|composer|mosaic|llm-foundry|transformers|accelerate", framework, re.IGNORECASE):
+        return PLAIN
+    return SKYMOE if re.search(r"skymoe", framework, re.IGNORECASE) else MEGATRON

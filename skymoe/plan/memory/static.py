@@ -101,17 +101,19 @@ def columns(inner: int, num_ranks: int, rank: int = 0) -> int:
     return column_blocks(inner, num_ranks).sizes[rank] if inner else 0
 
 
-def static_bytes(parameters: Parameters, division: Division) -> StaticBytes:
-    """Bytes of the parameters of a part, divided as far as the ZeRO stage says."""
-    shards = _shards(division)
-    whole = parameters.total
-    shared = sum(
-        count / ranks for count, ranks in zip((parameters.dense, parameters.experts), shards, strict=True)
-    )  # fmt: skip
+def static_bytes(parameters: Parameters, division: Division, element_bytes: float = 2.0) -> StaticBytes:
+    """Bytes of the parameters of a part, divided as far as the ZeRO stage says.
+
+    ZeRO-3 in a pipeline does not gather anew for every micro-batch: weights stay whole for a step in the format of the
+    products (`element_bytes`) beside the shards, and gradients add up whole (PyTorch FSDP2 as torchtitan uses it).
+    """
+    dense_ranks, expert_ranks = _shards(division)
+    whole, shared = parameters.total, parameters.dense / dense_ranks + parameters.experts / expert_ranks
     stage = division.zero_stage
+    held = whole if stage >= 3 and division.pp > 1 else 0.0
     return StaticBytes(
-        weights=(shared if stage >= 3 else whole) * division.weight_bytes,
-        gradients=(shared if stage >= 2 else whole) * division.gradient_bytes,
+        weights=(shared if stage >= 3 else whole) * division.weight_bytes + held * element_bytes,
+        gradients=((shared if stage >= 2 else whole) + held) * division.gradient_bytes,
         optimizer=(shared if stage >= 1 else whole) * division.optimizer_bytes,
     )
 
