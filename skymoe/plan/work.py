@@ -39,6 +39,8 @@ class Division:
         zero_ranks: data-parallel ranks over which ZeRO divides; None for all.
         weight_bytes, gradient_bytes, optimizer_bytes: per parameter; the optimizer's 12 are fp32 master and moments.
         overlap: communication of data parallelism is hidden behind computation where it can be.
+        tensor_overlap: that of tensor parallelism too, in pieces beside the products (Transformer Engine).
+        expert_overlap: dispatch and combine too, behind the computation of another micro-batch.
     """
 
     pp: int
@@ -56,6 +58,8 @@ class Division:
     gradient_bytes: float = 4.0
     optimizer_bytes: float = 12.0
     overlap: bool = True
+    tensor_overlap: bool = False
+    expert_overlap: bool = False
 
     @property
     def world_size(self) -> int:
@@ -104,6 +108,7 @@ class Work:
         imbalance: load of the fullest expert rank over the mean (dropless), at least 1.
         capacity: capacity factor when tokens are padded and dropped to it, else None.
         chunks: stages per pipeline rank (a factor on hops only).
+        fused_loss: softmax and cross entropy in few passes over the logits.
     """
 
     shape: ModelShape
@@ -118,6 +123,7 @@ class Work:
     imbalance: float = 1.0
     capacity: float | None = None
     chunks: int = 1
+    fused_loss: bool = False
 
     @property
     def tokens(self) -> float:

@@ -1,4 +1,4 @@
-"""Bill: seconds of one part of the model, entered cause by cause; and Frame: what all parts of a work have in common."""
+"""Bill: seconds of one part of the model, by cause; Frame: what all parts of a work have in common."""
 
 from __future__ import annotations
 
@@ -113,7 +113,8 @@ def tensor_parallel(frame: Frame, bill: Bill, first: LinearTime) -> None:
     the first one's input, hidden behind its weight gradient. With it: all-gather before, reduce-scatter after; in the
     backward pass an all-gather of the output's gradient (nothing to hide it), one of the input, which was not kept
     (hidden behind the product towards the input), and a reduce-scatter (hidden behind the weight gradient). This is
-    what Megatron-LM does (core/tensor_parallel/layers.py).
+    what Megatron-LM does (core/tensor_parallel/layers.py). With `tensor_overlap` the rest is sent in pieces while the
+    product beside it runs, too.
     """
     size, group = frame.stream_bytes, frame.tensor
     if group.ranks == 1:
@@ -123,4 +124,7 @@ def tensor_parallel(frame: Frame, bill: Bill, first: LinearTime) -> None:
         bill.add("tp", reduce, exposed(reduce, first.weights))
         return
     once = group.all_gather(size)
-    bill.add("tp", 2.0 * once, once + exposed(once, first.inputs) + exposed(once, first.weights))
+    forward = backward = once
+    if frame.work.division.tensor_overlap:
+        forward, backward = exposed(once, first.forward), exposed(once, first.inputs)
+    bill.add("tp", 2.0 * forward, backward + exposed(once, first.inputs) + exposed(once, first.weights))

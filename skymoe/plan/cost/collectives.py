@@ -1,8 +1,8 @@
 """Collectives between GPUs: alpha + factor * bytes / bandwidth, in and out of a node.
 
 A group has n ranks, g of them in each node. NCCL's rings pass a node's boundary once per ring and use every network
-card, so a gather of B bytes needs, in the node, B (n-1)/n over the node's link per GPU, and out of it B (n-g)/n over the
-network links of its g members; both go on at the same time, and the slower one counts. An all-reduce is a
+card, so a gather of B bytes needs, in the node, B (n-1)/n over the node's link per GPU, and out of it B (n-g)/n over
+the network links of its g members; both go on at the same time, and the slower one counts. An all-reduce is a
 reduce-scatter and an all-gather. An all-to-all sends (g-1)/n of what a rank has to neighbours and (n-g)/n away.
 
 Latency: alpha of the link once, and for groups of several nodes half the network's latency per node that a ring

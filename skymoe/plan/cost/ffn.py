@@ -22,7 +22,7 @@ import math
 
 from skymoe.plan.cost.attention import residual_streams
 from skymoe.plan.cost.bill import Bill, Frame, tensor_parallel
-from skymoe.plan.cost.collectives import Group
+from skymoe.plan.cost.collectives import Group, exposed
 from skymoe.plan.cost.laws import NOTHING, LinearTime
 from skymoe.plan.shape import FfnShape
 from skymoe.plan.work import Recompute
@@ -108,8 +108,11 @@ def _experts(frame: Frame, bill: Bill, ffn: FfnShape) -> None:
 
 
 def _dispatch(frame: Frame, bill: Bill, ffn: FfnShape) -> None:
-    seconds = dispatch_s(frame, ffn)
-    bill.add("expert", seconds, seconds)
+    forward = backward = dispatch_s(frame, ffn)
+    if frame.work.division.expert_overlap:
+        forward = exposed(forward, sum(bill.forward.values()))
+        backward = exposed(backward, sum(bill.backward.values()))
+    bill.add("expert", forward, backward)
 
 
 def dispatch_s(frame: Frame, ffn: FfnShape) -> float:

@@ -12,11 +12,12 @@ place with sources, and what is left out.
 from __future__ import annotations
 
 from skymoe.plan.cost.attention import attention_bill
-from skymoe.plan.cost.bill import Bill, Frame
+from skymoe.plan.cost.bill import Frame
 from skymoe.plan.cost.ends import embedding_bill, head_bill, hop_s
 from skymoe.plan.cost.ffn import ffn_bill
 from skymoe.plan.cost.flops import ShapeFlops, flops
 from skymoe.plan.cost.prices import Price, Prices
+from skymoe.plan.cost.sharding import Sharding, with_gathers
 from skymoe.plan.cost.step_end import step_end
 from skymoe.plan.shape import LayerShape
 from skymoe.plan.work import Recompute, Work
@@ -27,21 +28,20 @@ __all__ = ["ShapeFlops", "flops", "prices", "step_end"]
 def prices(work: Work) -> Prices:
     """What each part of `work` costs on one rank, per micro-batch."""
     frame = Frame(work)
-    known: dict[LayerShape, tuple[Price, Price]] = {}
+    sharding = Sharding(frame)
+    known: dict[LayerShape, tuple[Price, ...]] = {}
     halves: list[Price] = []
     for layer in work.shape.layers:
         if layer not in known:
-            known[layer] = _layer(frame, layer)
+            bills = (attention_bill(frame, layer.attention), ffn_bill(frame, layer.ffn))
+            listed = tuple(bill.price(work.recompute) for bill in bills)
+            known[layer] = with_gathers(sharding, listed, sharding.halves(layer))
         halves += known[layer]
+    embedding, head = embedding_bill(frame).price(Recompute.NONE), head_bill(frame).price(Recompute.NONE)
+    for_embedding, for_head = sharding.ends()
     return Prices(
         halves=tuple(halves),
-        embedding=embedding_bill(frame).price(Recompute.NONE),
-        head=head_bill(frame).price(Recompute.NONE),
+        embedding=with_gathers(sharding, (embedding,), (for_embedding,))[0],
+        head=with_gathers(sharding, (head,), (for_head,))[0],
         hop_s=hop_s(frame),
     )
-
-
-def _layer(frame: Frame, layer: LayerShape) -> tuple[Price, Price]:
-    bills: tuple[Bill, Bill] = attention_bill(frame, layer.attention), ffn_bill(frame, layer.ffn)
-    first, second = (bill.price(frame.work.recompute) for bill in bills)
-    return first, second

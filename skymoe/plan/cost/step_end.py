@@ -1,76 +1,76 @@
-"""The end of a step: gradients to their owners, the optimizer, weights back."""
+"""The end of a step: gradients to their owners, the optimizer, weights back.
+
+What hides the communication is little: gradients are complete only in the last micro-batch's backward, weights are
+needed in the first one's forward, so with m micro-batches over P stages the cover is 2/3 and 1/3 of
+pipeline_s / (m + P - 1); all of the rest is exposed (research/planner.md, 3.4). The slowest pipeline rank counts.
+
+The optimizer is a stream: per parameter that a rank owns it reads and writes its state and reads the gradient twice
+(norm, update) and writes the weight; gradients of all a rank holds are cleared. A tied table of a pipeline adds an
+all-reduce between the first and the last stage, which nothing hides. Left out: gradient norms' small all-reduces.
+"""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-
 from skymoe.plan.cost.bill import Frame
-from skymoe.plan.cost.collectives import exposed
+from skymoe.plan.cost.collectives import Group, exposed
 from skymoe.plan.cost.prices import StepEnd
-from skymoe.plan.shape import ModelShape
-from skymoe.plan.work import Division, Work
+from skymoe.plan.cost.sharding import Sharding
+from skymoe.plan.memory.static import Parameters
+from skymoe.plan.work import Work
+from skymoe.spec.layout import ScheduleKind
 from skymoe.spec.split import Split
 
-
-@dataclass(frozen=True)
-class Parameters:
-    """Of one rank: what all its replicas hold (dense), and what only expert replicas hold."""
-
-    dense: float
-    experts: float
+_UPDATE_KERNELS = 8
 
 
-def step_end(work: Work, stages: Split, *, pipeline_s: float) -> StepEnd:
+def step_end(
+    work: Work, stages: Split, *, pipeline_s: float, schedule: ScheduleKind | None = None, update_s: float | None = None
+) -> StepEnd:
     """What a step costs beside its micro-batches, on the slowest pipeline rank.
 
     Args:
         work: the work.
-        stages: halves per stage; stage s is on pipeline rank s mod pp.
+        stages: halves per stage.
         pipeline_s: time of the micro-batches, part of which hides communication.
+        schedule: which rank has which stage; None: stage s is on rank s mod pp.
+        update_s: of the optimizer per parameter, where it was measured.
     """
     frame = Frame(work)
-    ends = [_end(frame, own, pipeline_s) for own in rank_parameters(work.shape, work.division, stages)]
+    sharding = Sharding(frame)
+    ranks = set(sharding.per_rank(stages, schedule or ScheduleKind.ONE_F_ONE_B))
+    ends = [_end(sharding, own, pipeline_s, update_s) for own in ranks]
     return max(ends, key=lambda end: end.total_s)
 
 
-def rank_parameters(shape: ModelShape, division: Division, stages: Split) -> tuple[Parameters, ...]:
-    """Parameters of each pipeline rank."""
-    hidden, tp = shape.hidden_size, division.tp
-    dense, experts = [0.0] * division.pp, [0.0] * division.pp
-    for stage, part in enumerate(stages):
-        rank = stage % division.pp
-        for unit in part:
-            layer = shape.layers[unit // 2]
-            if unit % 2 == 0:
-                dense[rank] += layer.attention.parameters(hidden) / tp
-                continue
-            dense[rank] += layer.ffn.other_parameters(hidden) / tp
-            if layer.ffn.is_moe:
-                local = math.ceil(layer.ffn.num_experts / division.ep) / layer.ffn.num_experts
-                experts[rank] += layer.ffn.expert_parameters(hidden) * local / division.etp
-    table = math.ceil(shape.vocab_size / tp) * hidden
-    dense[0] += table + shape.positions * hidden
-    if not (shape.tied and division.pp == 1):
-        dense[(stages.num_ranks - 1) % division.pp] += table
-    return tuple(Parameters(*pair) for pair in zip(dense, experts, strict=True))
-
-
-def _end(frame: Frame, own: Parameters, pipeline_s: float) -> StepEnd:
-    division, laws = frame.work.division, frame.work.cluster.gpu.laws
+def _end(sharding: Sharding, own: Parameters, pipeline_s: float, update_s: float | None) -> StepEnd:
+    frame, work = sharding.frame, sharding.frame.work
+    division = work.division
     reduce_s = gather_s = 0.0
-    for group, count in ((frame.data, own.dense), (frame.expert_data, own.experts)):
-        reduce_s += group.reduce_scatter(division.gradient_bytes * count)
-        gather_s += group.all_gather(division.weight_bytes * count)
-    cover = pipeline_s / max(1, frame.work.num_micro + division.pp - 1) if division.overlap else 0.0
-    exposed_s = exposed(reduce_s, 2 / 3 * cover) + exposed(gather_s, cover / 3)
-    shard = sum(count / group.ranks for group, count in ((frame.data, own.dense), (frame.expert_data, own.experts)))
-    moved = shard * (2 * division.optimizer_bytes + 2 * division.gradient_bytes + division.weight_bytes)
-    moved += (own.dense + own.experts) * division.gradient_bytes
+    if not sharding.layer_by_layer:
+        reduce_s, gather_s = sharding.reduce_s(own), sharding.gather_s(own)
+    elif sharding.groups[0].across.ranks > 1:  # hybrid: shards are summed between groups once per step
+        shards, across = sharding.groups[0].shard.ranks, sharding.groups[0].across
+        reduce_s = across.all_reduce(division.gradient_bytes * own.dense / shards)
+    cover = pipeline_s / max(1, work.num_micro + division.pp - 1) if division.overlap else 0.0
+    exposed_s = exposed(reduce_s, 2 / 3 * cover) + exposed(gather_s, cover / 3) + _tied(frame)
+    owned = sharding.owned(own)
+    moved = owned * (2 * division.optimizer_bytes + 2 * division.gradient_bytes + division.weight_bytes)
+    moved += (owned if division.zero_stage >= 2 else own.total) * division.gradient_bytes
+    measured = None if update_s is None else owned * update_s
     return StepEnd(
         reduce_s=reduce_s,
         gather_s=gather_s,
         exposed_s=exposed_s,
-        update_s=frame.kernels.memory(moved, 4),
-        fixed_s=laws.step_overhead_s,
+        update_s=frame.kernels.memory(moved, _UPDATE_KERNELS) if measured is None else measured,
+        fixed_s=work.cluster.gpu.laws.step_overhead_s,
     )
+
+
+def _tied(frame: Frame) -> float:
+    """The gradient of a table that is embedding and head, of two stages."""
+    work, division = frame.work, frame.work.division
+    if not work.shape.tied or division.pp == 1:
+        return 0.0
+    rows = Split.remainder_first(work.shape.vocab_size, division.tp).sizes[0]
+    pair = Group(work.cluster, 2, division.stage_ranks * (division.pp - 1))
+    return pair.all_reduce(rows * frame.hidden * division.gradient_bytes)
