@@ -2,9 +2,9 @@
 
 Each rank works through its tasks in the order given (plan/orders.py) and waits for what a task needs: a forward for the
 forward of the stage before, a backward for the backward of the stage after. The hop from rank to rank takes its time on
-top. It is either hidden (no rank's work: sends run beside the passes) or `exposed`: the rank that sends is held up until
-the hop is over, as with blocking sends. This is exact for a machine that does what it is told; what it leaves out is said
-by the name of its arguments: every micro-batch takes the same time, and a hop never waits for another.
+top. It is either hidden (no rank's work: sends run beside the passes) or `exposed`: the rank that sends is held up
+until the hop is over, as with blocking sends. This is exact for a machine that does what it is told; what it leaves out
+is said by the name of its arguments: every micro-batch takes the same time, and a hop never waits for another.
 
 A rank runs until it must wait; the end of what it waits for wakes it up. So every task is looked at once or twice,
 whatever the order: 32 stages with 256 micro-batches, 16 384 tasks, are some hundredths of a second. `makespan` is the
@@ -20,13 +20,8 @@ from skymoe.plan.orders import Order
 from skymoe.plan.timeline import Timeline
 from skymoe.spec.timeline import PassKind, Span
 
-_WEIGHTS: Final = 2
-_RESULT: Final[dict[PassKind, int]] = {
-    "F": 0,
-    "B": 1,
-    "I": 1,
-    "W": _WEIGHTS,
-}  # what others wait for: both ways back end in it
+# What others wait for: forward, gradient of the input (a whole backward or its half), or nothing (weights).
+_RESULT: Final[dict[PassKind, int]] = {"F": 0, "B": 1, "I": 1, "W": 2}
 
 
 def simulate(
@@ -86,6 +81,7 @@ def _starts(
     """When every task begins, rank by rank."""
     owner = {task.stage: rank for rank, tasks in enumerate(order) for task in tasks}
     down = _hops(owner, hop_s)
+    leaving = (down, [0.0, *down[:-1]], [0.0] * len(down))  # forwards, backwards, weights
     width = 1 + max((task.micro for tasks in order for task in tasks), default=0)
     per_result = len(owner) * width
     arrived: list[float | None] = [None] * (3 * per_result)  # when a result is where it is needed next
@@ -117,9 +113,7 @@ def _starts(
             own.append(now)
             now += seconds[kind][stage]
             result = _RESULT[kind]
-            hop = (
-                0.0 if result == _WEIGHTS else down[stage] if result == _FORWARD else down[stage - 1] if stage else 0.0
-            )
+            hop = leaving[result][stage]
             key = result * per_result + here
             arrived[key] = now + hop
             if exposed:

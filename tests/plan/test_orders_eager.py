@@ -1,4 +1,4 @@
-"""1f1b that warms up by the clock: Fig. 6 of the Skywork-MoE report, and never slower than 1f1b where both are tried."""
+"""1f1b that warms up by the clock: Fig. 6 of the Skywork-MoE report; the best is never slower than 1f1b itself."""
 
 from __future__ import annotations
 
