@@ -24,6 +24,7 @@ from skymoe.spec.presets import PRESETS, preset
     ("name", "total"),
     [
         ("llama-3-8b", 8_030_261_248),
+        ("llama-3-70b", 70_553_706_496),
         ("mistral-7b", 7_241_732_096),
         ("mixtral-8x7b", 46_702_792_704),
         ("qwen2.5-7b", 7_615_616_512),
