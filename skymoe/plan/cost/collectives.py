@@ -63,8 +63,12 @@ class Group:
 
     def send(self, size: float) -> float:
         """Seconds from one rank to the next."""
-        link = self.cluster.link(self.ranks, self.stride)
-        return link.latency_s + size / link.bandwidth if self.ranks > 1 else 0.0
+        if self.ranks == 1:
+            return 0.0
+        link, pair = self.cluster.link(self.ranks, self.stride), self.cluster.gpu.pair
+        if pair is not None and self.neighbours == self.ranks:
+            link = pair
+        return link.latency_s + size / link.bandwidth
 
     @property
     def latency_s(self) -> float:

@@ -16,17 +16,33 @@ from skymoe.plan.cost.bill import Frame
 from skymoe.plan.cost.ends import embedding_bill, head_bill, hop_s
 from skymoe.plan.cost.ffn import ffn_bill
 from skymoe.plan.cost.flops import ShapeFlops, flops
+from skymoe.plan.cost.measured import on_measured, with_measured
 from skymoe.plan.cost.prices import Price, Prices
 from skymoe.plan.cost.sharding import Sharding, with_gathers
 from skymoe.plan.cost.step_end import step_end
+from skymoe.plan.hardware.profile import Profile
 from skymoe.plan.shape import LayerShape
 from skymoe.plan.work import Recompute, Work
 
 __all__ = ["ShapeFlops", "flops", "prices", "step_end"]
 
 
-def prices(work: Work) -> Prices:
-    """What each part of `work` costs on one rank, per micro-batch."""
+def prices(work: Work, profile: Profile | None = None) -> Prices:
+    """What each part of `work` costs on one rank, per micro-batch.
+
+    Args:
+        work: the work.
+        profile: of the machine it is to run on. Its constants replace those of the catalogue, and where it has timed
+            this very model at this number of tokens, its seconds replace the laws (see measured.py).
+    """
+    if profile is not None:
+        work = on_measured(work, profile)
+        return with_measured(work, _listed(work), profile.times)
+    return _listed(work)
+
+
+def _listed(work: Work) -> Prices:
+    """By the laws."""
     frame = Frame(work)
     sharding = Sharding(frame)
     known: dict[LayerShape, tuple[Price, ...]] = {}

@@ -84,6 +84,7 @@ class Gpu:
         bandwidth: of its memory, bytes per second.
         node: the link within a node.
         network: the link out of the node, per GPU.
+        pair: from one GPU to one other of the node, where it is known apart from `node`.
         gpus_per_node: as it is usually built.
         laws: constants.
         source: where these figures are from.
@@ -101,6 +102,7 @@ class Gpu:
     laws: Laws
     source: str
     origin: str = ""
+    pair: Link | None = None
 
     def __hash__(self) -> int:
         return hash((self.name, self.laws))  # `peak` is a mapping; equality compares all of it

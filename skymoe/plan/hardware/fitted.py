@@ -1,0 +1,67 @@
+"""A Gpu from a measured profile: the constants of the laws are those that were fitted on this machine.
+
+What was measured replaces the catalogue's figure: rates of matrix products (as a peak that is reached whole, so MFU on
+such a Gpu is a share of what products reach, not of a data sheet), memory, launch, links between ranks. What a profile
+has no figure for is the catalogue's: attention keeps its share relative to products, the network out of the node its
+latency and bandwidth.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from skymoe.base.errors import ConfigError
+from skymoe.plan.hardware.catalogue import find_gpu
+from skymoe.plan.hardware.gpu import Gpu, Precision
+from skymoe.plan.hardware.profile import LinkKind, Profile
+
+_SUMS = (LinkKind.ALL_REDUCE, LinkKind.REDUCE_SCATTER, LinkKind.ALL_GATHER, LinkKind.ALL_TO_ALL)
+
+
+def gpu_from_profile(profile: Profile, *, base: Gpu | None = None) -> Gpu:
+    """The device of `profile`.
+
+    Args:
+        profile: as read.
+        base: for what was not measured; None: the catalogue's entry of that title, or its `cpu`.
+    """
+    base = _base(profile) if base is None else base
+    laws = replace(
+        base.laws,
+        gemm=1.0,
+        gemm_narrow=1.0,
+        memory=1.0,
+        launch_s=max(law.launch_s for law in profile.law.values()) if profile.law else base.laws.launch_s,
+        attention=min(1.0, base.laws.attention / base.laws.gemm),
+    )
+    link = next((profile.links[kind].link for kind in _SUMS if kind in profile.links), base.node)
+    return replace(
+        base,
+        name=f"{base.name} (measured)",
+        title=profile.machine.title or base.title,
+        memory=profile.machine.memory,
+        peak=_rates(profile, base),
+        bandwidth=profile.stream,
+        node=link,
+        pair=profile.links[LinkKind.P2P].link if LinkKind.P2P in profile.links else None,
+        laws=laws,
+        source="measured by `skymoe plan profile`",
+        origin="measured by `skymoe plan profile`; attention in proportion to the catalogue's",
+    )
+
+
+def _base(profile: Profile) -> Gpu:
+    try:
+        return find_gpu(profile.machine.title or "cpu")
+    except ConfigError:
+        return find_gpu("cpu")
+
+
+def _rates(profile: Profile, base: Gpu) -> dict[Precision, float]:
+    """FLOP/s that products reach: measured; others in the proportion of the catalogue's peaks."""
+    measured = {precision: law.rate for precision, law in profile.law.items()}
+    if not measured:
+        return {precision: base.reached(precision) for precision in base.peak}
+    known = next(iter(measured))
+    factor = measured[known] / base.reached(known)
+    return {precision: base.reached(precision) * factor for precision in base.peak} | measured
