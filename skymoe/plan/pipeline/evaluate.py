@@ -52,14 +52,16 @@ def uniform(problem: Problem) -> Answer:
     """What a user without a planner has: equal numbers of whole layers, the remainder first, and on every stage the
     same number of layers run again, the smallest that fits (all of them where none does; see `fits`).
 
-    With fewer layers than stages, units are divided instead of layers.
+    With fewer layers than stages, units are divided instead of layers where the problem allows it. With fewer of those,
+    the last stage has none, then the first.
     """
     layers = layers_of(problem.units)
-    counts = Split.remainder_first(len(layers), problem.num_stages)
-    if len(layers) >= problem.num_stages:
-        sizes = tuple(sum(len(layers[layer]) for layer in part) for part in counts)
-    else:
-        sizes = Split.remainder_first(len(problem.units), problem.num_stages).sizes
+    whole = problem.whole_layers or len(layers) >= problem.num_stages
+    pieces = [len(layer) for layer in layers] if whole else [1] * len(problem.units)
+    counts = Split.remainder_first(len(pieces), problem.num_stages)
+    if len(pieces) == problem.num_stages - 2:
+        counts = Split((0, *counts.sizes[:-2], 0))
+    sizes = tuple(sum(pieces[part.start : part.stop]) for part in counts)
     stages, most = Split(sizes), max(_num_layers(problem, sizes))
     for again in range(most + 1 if problem.recompute else 1):
         recompute = [min(again, count) for count in _num_layers(problem, sizes)]
