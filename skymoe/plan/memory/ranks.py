@@ -11,7 +11,7 @@ go yet. The most is at the beginning of a backward pass, or where a part needs m
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from skymoe.plan.memory.alive import alive_counts
 from skymoe.plan.memory.sizes import RankMemory, Size, Sizes
@@ -49,6 +49,8 @@ def rank_memory(
         alive: micro-batches alive per stage, where the schedule's own counts are not meant.
     """
     pp = work.division.pp
+    if schedule is ScheduleKind.ZERO_BUBBLE and work.shape.tied:  # both ends are on one rank, and so is the table
+        sizes = replace(sizes, head=replace(sizes.head, weights=0.0, gradients=0.0, optimizer=0.0))
     parts = [_stage(sizes, stages, stage, recompute[stage]) for stage in range(stages.num_ranks)]
     if alive is None:
         moments = alive_counts(schedule, pp, stages.num_ranks, work.num_micro)
