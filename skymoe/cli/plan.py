@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import typer
 
-from skymoe.cli import plan_profile
+from skymoe.cli import plan_profile, plan_serve
 
 app = typer.Typer(no_args_is_help=True, help="Plan a training or serving layout before a GPU hour is burned.")
 app.command()(plan_profile.profile)
+app.command()(plan_serve.serve)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from skymoe.base.errors import ConfigError
 from skymoe.plan.hardware.gpu import Gpu
 from skymoe.plan.serve.model import Served
-from skymoe.plan.serve.shares import Shares
+from skymoe.plan.serve.shares import Shares, weight_bytes
 from skymoe.plan.serve.threshold import Bin, Units, divide, minimax
 from skymoe.spec.split import Split
 
@@ -46,7 +46,9 @@ def column_block(inner: int, num_gpus: int, weight_bytes: float) -> int:
     At most 128, the blocks of FP8 scales (one or fewer bytes per weight), else 64, as in training.
     """
     most = FP8_BLOCK if weight_bytes < 2 else 64
-    return next(b for b in (128, 64, 32, 16, 8, 4, 2, 1) if b <= most and inner % b == 0 and inner // b >= num_gpus or b == 1)
+    return next(
+        b for b in (128, 64, 32, 16, 8, 4, 2, 1) if b <= most and inner % b == 0 and inner // b >= num_gpus or b == 1
+    )
 
 
 def choose(served: Served, gpus: Sequence[Gpu], rooms: Sequence[float], wish: Wish) -> Shares | None:
@@ -77,6 +79,13 @@ def choose(served: Served, gpus: Sequence[Gpu], rooms: Sequence[float], wish: Wi
     if found is None:
         return None
     return _filled(served, base, units, members, found.attention, found.ffn)
+
+
+def whole_model(served: Served, gpu: Gpu) -> Shares:
+    """Everything of each layer on one GPU: a stage of a pipeline."""
+    shares = choose(served, (gpu,), (float("1e30"),), Wish(kv_tokens=1, load_tokens=1))
+    assert shares is not None
+    return shares
 
 
 def _ratio(served: Served) -> int:
@@ -116,8 +125,6 @@ def _checked(sizes: Sequence[float], total: int, name: str) -> tuple[int, ...]:
 
 def _ends(served: Served, gpus: Sequence[Gpu], wish: Wish) -> tuple[Shares, list[float]]:
     """Shares of everything but heads and feed-forward, and their bytes with what every GPU has."""
-    from skymoe.plan.serve.shares import weight_bytes
-
     shape, moe, dense = served.shape, served.expert_ffn, served.dense_ffn
     rows_block = next(b for b in (64, 32, 16, 8, 4, 2, 1) if shape.vocab_size % b == 0)
     rows = _by_bandwidth(shape.vocab_size, rows_block, gpus, wish, "vocabulary")
@@ -209,7 +216,9 @@ def _as_wished(served: Served, base: Shares, units: Units, bins: Sequence[Bin], 
     groups = _wished(wish, "heads", units.attention, _ratio(served))
     ffn = _wished(wish, "experts" if base.whole else "ffn", units.ffn, 1 if base.whole else base.block)
     if groups is None:
-        most = [int((b.room - f * units.ffn_bytes) // units.attention_bytes) for b, f in zip(bins, ffn or (), strict=True)]
+        most = [
+            int((b.room - f * units.ffn_bytes) // units.attention_bytes) for b, f in zip(bins, ffn or (), strict=True)
+        ]
         groups = minimax(units.attention, [b.attention_s for b in bins], most) if min(most) >= 0 else None
     elif ffn is None:
         most = [int((b.room - a * units.attention_bytes) // units.ffn_bytes) for b, a in zip(bins, groups, strict=True)]
@@ -243,7 +252,8 @@ def _replicated(served: Served, gpus: Sequence[Gpu], rooms: Sequence[float], wis
     units = _units(served, base, wish)
     per_token = layers * served.kv_head_bytes
     used = [
-        layers * (h * served.query_elements + k * served.kv_elements) * served.weight_bytes + k * per_token * wish.kv_tokens
+        layers * (h * served.query_elements + k * served.kv_elements) * served.weight_bytes
+        + k * per_token * wish.kv_tokens
         for h, k in zip(heads, kv, strict=True)
     ]
     left = [room - f - u for room, f, u in zip(rooms, fixed_bytes, used, strict=True)]

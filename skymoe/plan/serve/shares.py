@@ -74,6 +74,4 @@ def weight_bytes(served: Served, shares: Shares, gpu: int) -> float:
 
 def kv_token_bytes(served: Served, shares: Shares, gpu: int) -> float:
     """Keys and values of one token on one GPU, all layers."""
-    return served.shape.num_layers * (
-        shares.mean_kv_heads[gpu] * served.kv_head_bytes + served.common_kv_bytes
-    )
+    return served.shape.num_layers * (shares.mean_kv_heads[gpu] * served.kv_head_bytes + served.common_kv_bytes)

@@ -170,7 +170,9 @@ def _expert_load(ffn: FfnShape, shares: Shares, gpu: int, tokens: float) -> tupl
     deviations = math.sqrt(2.0 * math.log(max(2, shares.num_gpus)))
     part = held / ffn.num_experts
     used = min(float(held), held * share + deviations * math.sqrt(held * share * (1.0 - share)))
-    return used, min(tokens * min(ffn.top_k, held), choices * part + deviations * math.sqrt(choices * part * (1 - part)))
+    return used, min(
+        tokens * min(ffn.top_k, held), choices * part + deviations * math.sqrt(choices * part * (1 - part))
+    )
 
 
 def _passes(setting: Setting, load: Load) -> float:
@@ -209,8 +211,6 @@ def settings(
     """One setting, or `parts` equal stages of a pipeline over equal groups of GPUs; the last one has the head."""
     kinds = tuple((layer, count / parts) for layer, count in served.kinds)
     return tuple(
-        Setting(
-            served=served, gpus=tuple(gpus), shares=shares, engine=engine, layers=kinds, head=stage == parts - 1
-        )
+        Setting(served=served, gpus=tuple(gpus), shares=shares, engine=engine, layers=kinds, head=stage == parts - 1)
         for stage in range(parts)
     )

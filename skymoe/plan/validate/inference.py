@@ -80,9 +80,7 @@ def _served(case: Case, *, narrow_kv: bool) -> Served:
         raise NotJudgedError(f"precision {name or 'absent'!r} is not known")
     weights, head, compute = _FORMATS[name]
     kv = 1.0 if narrow_kv and compute in (Precision.FP8, Precision.NVFP4) else 2.0
-    return Served(
-        shape=case_model(case).shape, weight_bytes=weights, compute=compute, kv_bytes=kv, head_bytes=head
-    )
+    return Served(shape=case_model(case).shape, weight_bytes=weights, compute=compute, kv_bytes=kv, head_bytes=head)
 
 
 def _shares(served: Served, gpus: Sequence[Gpu]) -> Shares:
@@ -96,7 +94,9 @@ def kv_room(served: Served, gpu: Gpu, shares: Shares, engine: Engine, stages: in
     """Tokens that have room, on the fullest GPU of the fullest stage; at least 0."""
     ends = shares.rows[0] * served.shape.hidden_size * (1 if served.shape.tied else 2) * served.head_bytes
     layers = (weight_bytes(served, shares, 0) - ends) / stages
-    room = (gpu.memory - engine.reserved(gpu.memory) - layers - (ends if stages == 1 else ends / 2)) * engine.kv_fraction
+    room = (
+        gpu.memory - engine.reserved(gpu.memory) - layers - (ends if stages == 1 else ends / 2)
+    ) * engine.kv_fraction
     return max(0.0, room / (kv_token_bytes(served, shares, 0) / stages))
 
 

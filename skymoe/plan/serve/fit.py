@@ -1,0 +1,181 @@
+"""A model on GPUs: its division, what memory remains, and, when it does not fit, what would."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from skymoe.base.errors import ConfigError
+from skymoe.plan.hardware.gpu import Gpu, Precision
+from skymoe.plan.serve.divide import Wish, choose
+from skymoe.plan.serve.engine import Engine
+from skymoe.plan.serve.model import Served
+from skymoe.plan.serve.shares import Shares, kv_token_bytes, weight_bytes
+
+KV_BLOCK = 16
+"""Tokens of a page of keys and values."""
+_GB = 1e9
+_MORE = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fitted:
+    """A division with its memory.
+
+    Attributes:
+        shares: the division.
+        weights, reserve: bytes per GPU.
+        token: bytes of keys and values of one token per GPU.
+        kv_tokens: tokens that have room, whole pages; the least of all GPUs.
+    """
+
+    shares: Shares
+    weights: tuple[float, ...]
+    reserve: tuple[float, ...]
+    token: tuple[float, ...]
+    kv_tokens: int
+
+
+def reserves(
+    served: Served, gpus: Sequence[Gpu], engine: Engine, *, max_batch: int, given: float | None
+) -> tuple[float, ...]:
+    """Bytes per GPU beside weights, keys and values: context and libraries, activations of a step, logits."""
+    if given is not None:
+        return (given * _GB,) * len(gpus)
+    shape = served.shape
+    widest = max(
+        (layer.ffn.inner * max(1, layer.ffn.top_k) + layer.ffn.shared_inner for layer in shape.layers), default=0
+    )
+    tokens = engine.chunk + max_batch
+    hidden = tokens * 2.0 * (6 * shape.hidden_size + 2 * widest / len(gpus))
+    logits = max_batch * 4.0 * shape.vocab_size
+    return tuple(engine.reserved(gpu.memory) + hidden + logits for gpu in gpus)
+
+
+def fit(served: Served, gpus: Sequence[Gpu], reserve: Sequence[float], wish: Wish) -> Fitted | None:
+    """The fastest division in which `wish.kv_tokens` have room, and of those one with much room; None if none fits."""
+    rooms = [gpu.memory - kept for gpu, kept in zip(gpus, reserve, strict=True)]
+    shares = choose(served, gpus, rooms, wish) if min(rooms) > 0 else None
+    if shares is None:
+        return None
+    best = _measured(served, gpus, shares, reserve)
+    if wish.fixed or len(set(gpus)) == 1:
+        return best
+    slow = _slowest(served, gpus, shares, wish)
+    low, high = best.kv_tokens, 4 * best.kv_tokens + KV_BLOCK * 64
+    for _ in range(12):  # the most room at the same speed, to a page or so
+        middle = (low + high) // 2
+        more = choose(served, gpus, rooms, replace(wish, kv_tokens=middle))
+        if more is not None and _slowest(served, gpus, more, wish) <= slow * (1 + 1e-9):
+            found = _measured(served, gpus, more, reserve)
+            best, low = (found if found.kv_tokens > best.kv_tokens else best), middle
+        else:
+            high = middle
+    return best
+
+
+def _slowest(served: Served, gpus: Sequence[Gpu], shares: Shares, wish: Wish) -> float:
+    """Bytes over bandwidth of a layer's two halves, each on its slowest GPU."""
+    attention, ffn = 0.0, 0.0
+    for g, gpu in enumerate(gpus):
+        speed = gpu.bandwidth * gpu.laws.memory
+        head = shares.heads[g] * served.query_elements + shares.kv_heads[g] * served.kv_elements
+        load = head * served.weight_bytes + wish.load_tokens * shares.kv_heads[g] * served.kv_head_bytes
+        main = served.expert_ffn or served.dense_ffn
+        assert main is not None
+        part = main.matrices * served.shape.hidden_size * served.weight_bytes * shares.columns[g] * shares.experts[g]
+        attention, ffn = max(attention, load / speed), max(ffn, part / speed)
+    return attention + ffn
+
+
+def _measured(served: Served, gpus: Sequence[Gpu], shares: Shares, reserve: Sequence[float]) -> Fitted:
+    weights = tuple(weight_bytes(served, shares, g) for g in range(len(gpus)))
+    token = tuple(kv_token_bytes(served, shares, g) for g in range(len(gpus)))
+    tokens = min(
+        (gpu.memory - kept - used) / each if each else float(1 << 40)
+        for gpu, kept, used, each in zip(gpus, reserve, weights, token, strict=True)
+    )
+    return Fitted(
+        shares=shares, weights=weights, reserve=tuple(reserve), token=token,
+        kv_tokens=max(0, int(tokens) // KV_BLOCK * KV_BLOCK),
+    )  # fmt: skip
+
+
+def refuse(
+    served: Served, gpus: Sequence[Gpu], engine: Engine, wish: Wish, *, max_batch: int, reserve: float | None
+) -> ConfigError:
+    """Why nothing fits, by how much on each GPU, and the smallest changes that would do."""
+
+    def fits(*, model: Served = served, on: Sequence[Gpu] = gpus, asked: Wish = wish) -> bool:
+        kept = reserves(model, on, engine, max_batch=max_batch, given=reserve)
+        rooms = [gpu.memory - part for gpu, part in zip(on, kept, strict=True)]
+        asked = asked if len(on) == len(gpus) else replace(asked, fixed={})
+        return min(rooms) > 0 and choose(model, on, rooms, asked) is not None
+
+    kept = reserves(served, gpus, engine, max_batch=max_batch, given=reserve)
+    tokens = served.kv_token_bytes * wish.kv_tokens
+    have = sum(gpu.memory - part for gpu, part in zip(gpus, kept, strict=True))
+    need = served.total_bytes + tokens
+    lacking = max(0.0, need - have) / len(gpus) / _GB
+    why = (
+        f"weights {served.total_bytes / _GB:.1f} GB and {wish.kv_tokens} tokens of keys and values "
+        f"{tokens / _GB:.1f} GB; {len(gpus)} GPUs have {have / _GB:.1f} GB beside what is reserved"
+    )
+    each = _each(served, gpus, kept, wish)
+    return ConfigError(
+        f"{served.shape.name} does not fit on {counted(gpus)}"
+        + (f": {lacking:.2f} GB are lacking on each GPU" if lacking else ": no division of whole units fits"),
+        why=why + (f"; per GPU, GB lacking: {each}" if each else ""),
+        hint="; or ".join(_ways(served, gpus, wish, fits)) or "a smaller model",
+    )
+
+
+def _each(served: Served, gpus: Sequence[Gpu], kept: Sequence[float], wish: Wish) -> str:
+    """GB that each GPU lacks under the fastest division, as if memory were no matter."""
+    shares = choose(served, gpus, [1e18] * len(gpus), wish)
+    if shares is None:
+        return ""
+    over = [
+        weight_bytes(served, shares, g) + kv_token_bytes(served, shares, g) * wish.kv_tokens + kept[g] - gpu.memory
+        for g, gpu in enumerate(gpus)
+    ]
+    return ", ".join(f"{max(0.0, value) / _GB:.2f}" for value in over)
+
+
+class _Fits(Protocol):
+    def __call__(self, *, model: Served = ..., on: Sequence[Gpu] = ..., asked: Wish = ...) -> bool: ...
+
+
+def _ways(served: Served, gpus: Sequence[Gpu], wish: Wish, fits: _Fits) -> list[str]:
+    """Single changes that make it fit."""
+    ways = []
+    if wish.fixed and fits(asked=replace(wish, fixed={})):
+        ways.append("no --split: the planner's division fits")
+    if fits(asked=replace(wish, kv_tokens=KV_BLOCK)):
+        low, high = KV_BLOCK, wish.kv_tokens
+        while high - low > KV_BLOCK:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(asked=replace(wish, kv_tokens=middle)) else (low, middle)
+        ways.append(f"--context {low}")
+    for name, size, compute in (("fp8", 1.0, Precision.FP8), ("int4", 0.5625, Precision.INT4)):
+        if served.weight_bytes > size and fits(model=replace(served, weight_bytes=size, compute=compute)):
+            ways.append(f"--weights {name}")
+            break
+    if served.kv_bytes > 1 and fits(model=replace(served, kv_bytes=1.0)):
+        ways.append("--kv fp8")
+    more = next((n for n in range(1, _MORE) if fits(on=(*gpus, *[gpus[-1]] * n))), None)
+    if more is not None:
+        ways.append(f"--gpus {counted((*gpus, *[gpus[-1]] * more))}")
+    return ways
+
+
+def counted(gpus: Sequence[Gpu]) -> str:
+    """As on the command line: 4xrtx4090,2xrtx3090."""
+    parts: list[list[object]] = []
+    for gpu in gpus:
+        if parts and parts[-1][1] == gpu.name:
+            parts[-1][0] = int(str(parts[-1][0])) + 1
+        else:
+            parts.append([1, gpu.name])
+    return ",".join(f"{number}x{name}" for number, name in parts)

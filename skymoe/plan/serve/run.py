@@ -1,0 +1,258 @@
+"""`skymoe plan serve`: how to divide a model over the GPUs of a server, and what it will give."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from skymoe.base.errors import ConfigError, SkymoeError, printable
+from skymoe.plan.hardware.catalogue import parse_gpus
+from skymoe.plan.hardware.gpu import Gpu, Precision
+from skymoe.plan.serve.config import Objective, PlanServeConfig
+from skymoe.plan.serve.divide import Wish, whole_model
+from skymoe.plan.serve.engine import Engine, find_engine
+from skymoe.plan.serve.fit import Fitted, counted, fit, refuse, reserves
+from skymoe.plan.serve.layers import balanced, stage_layers
+from skymoe.plan.serve.model import Served, active_elements
+from skymoe.plan.serve.planned import serving_plan, splits
+from skymoe.plan.serve.report import SCHEMA, Cost, GpuMemory, PipelineChoice, Rival, ServeReport
+from skymoe.plan.serve.step import Setting, settings
+from skymoe.plan.serve.sweep import best, limits, saturation, sweep
+from skymoe.plan.serve.workload import Workload, period_s
+from skymoe.plan.shape import shape_of
+from skymoe.plan.train.model import read_model
+from skymoe.spec.serving_plan import write_serving_plan
+
+_CONTEXT = 4096
+_STORED: Mapping[str, tuple[float, Precision]] = {
+    "fp32": (4.0, Precision.FP32),
+    "bf16": (2.0, Precision.BF16),
+    "fp8": (1.0, Precision.FP8),  # a 4-byte scale per 128 x 128 block: 0.02 %, left out
+    "int8": (1.0, Precision.INT8),
+    "int4": (0.5625, Precision.INT4),  # a 16-bit scale per 32 elements
+    "nvfp4": (0.5625, Precision.NVFP4),  # a scale byte per 16 elements
+}
+_KV = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0}
+_TRIES = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """A question in full: `config` resolved."""
+
+    config: PlanServeConfig
+    served: Served
+    gpus: tuple[Gpu, ...]
+    engine: Engine
+    context: int
+    workload: Workload
+    max_batch: int
+    reserve: tuple[float, ...]
+    wish: Wish
+
+
+def run(config: PlanServeConfig) -> ServeReport:
+    """Plan `config.model` on `config.gpus`; print it with `skymoe.plan.serve.table.show`.
+
+    Raises:
+        ConfigError: unknown GPU or preset, a split that cannot be, or nothing fits; the hint says what would do.
+        FormatError: no readable model directory.
+    """
+    asked = _asked(config)
+    fitted = _fitted(asked)
+    (setting,) = settings(asked.served, asked.gpus, fitted.shares, asked.engine)
+    points = sweep(setting, asked.workload, fitted.kv_tokens, config.batch)
+    top = best(points)
+    both = {way: _tokens(asked, rotate=way) for way in (True, False)} if not asked.wish.fixed else {}
+    plan = serving_plan(asked.served, asked.gpus, fitted, config, asked.context, points)
+    report = ServeReport(
+        schema=SCHEMA, model=asked.served.shape.name, gpus=tuple(gpu.name for gpu in asked.gpus),
+        weights=config.weights, kv=config.kv, context=asked.context, engine=config.engine,
+        objective=config.objective.value, splits=splits(asked.served, fitted.shares), ffn_block=fitted.shares.block,
+        rotated=bool(plan.rotate), replicas=fitted.shares.replicas, fits=True,
+        memory_gb=tuple(memory.needed for memory in _memory(asked, fitted)), memory=_memory(asked, fitted),
+        kv_tokens=fitted.kv_tokens, max_sequences=fitted.kv_tokens // asked.context,
+        kv_tokens_rotated=both.get(True), kv_tokens_not_rotated=both.get(False), sweep=points,
+        tokens_per_s={point.batch: point.tokens_per_s for point in points},
+        best_batch=top.batch if top else None, limits=limits(points, fitted, asked.workload),
+        pipeline=_pipeline(asked), cost=_cost(config, asked, top.mixed_tokens_per_s) if top else None,
+        rival=None, plan=plan, notes=_notes(asked, fitted),
+    )  # fmt: skip
+    if config.save is not None:
+        write_serving_plan(plan, config.save)
+    return report if config.compare is None else replace(report, rival=_rival(asked, setting, report))
+
+
+def _asked(config: PlanServeConfig) -> Asked:
+    gpus, engine = parse_gpus(config.gpus), find_engine(config.engine)
+    spec = read_model(config.model)
+    weight_bytes, compute = _STORED[config.weights]
+    served = Served(
+        shape=shape_of(spec, Path(config.model).name), weight_bytes=weight_bytes, compute=compute,
+        kv_bytes=_KV[config.kv], head_bytes=4.0 if config.weights == "fp32" else 2.0,
+    )  # fmt: skip
+    context = config.context or min(_CONTEXT, spec.max_position)
+    if context > spec.max_position:
+        raise ConfigError(
+            f"a context of {context} is more than the {spec.max_position} of {printable(config.model)}",
+            hint=f"--context {spec.max_position}",
+        )
+    if min(config.batch) < 1 or max(config.batch) > 1 << 20:
+        raise ConfigError(f"--batch must be from 1 to {1 << 20}, got {', '.join(map(str, config.batch[:20]))}")
+    max_batch = min(max(config.batch), engine.max_batch)
+    return Asked(
+        config=config, served=served, gpus=gpus, engine=engine, context=context,
+        workload=Workload(prompt=config.prompt, output=config.output), max_batch=max_batch,
+        reserve=reserves(served, gpus, engine, max_batch=max_batch, given=config.reserve),
+        wish=Wish(
+            kv_tokens=context, load_tokens=context, rotate=config.rotate, whole=config.experts == "whole",
+            fixed=_fixed(config, len(gpus)),
+        ),
+    )  # fmt: skip
+
+
+def _fixed(config: PlanServeConfig, num_gpus: int) -> dict[str, tuple[float, ...]]:
+    """`heads=5,5,4` by name."""
+    found: dict[str, tuple[float, ...]] = {}
+    for text in config.split:
+        name, equals, values = text.partition("=")
+        if not equals or name not in ("heads", "ffn", "experts", "vocabulary", "weights") or name in found:
+            raise ConfigError(
+                f"cannot read --split {printable(text, 80)!r}",
+                hint="heads=5,5,4 or ffn=, experts=, vocabulary=, each once; or weights=3,1",
+            )
+        try:
+            sizes = tuple(float(value) for value in values.split(","))
+        except ValueError:
+            sizes = ()
+        if len(sizes) != num_gpus or any(not 0 <= size < 1e12 or math.isnan(size) for size in sizes):
+            raise ConfigError(
+                f"--split {name} needs {num_gpus} numbers, one per GPU, none negative; got {printable(values, 80)}"
+            )
+        found[name] = sizes
+    if "experts" in found and config.experts == "cut":
+        raise ConfigError("--split experts divides whole experts", hint="add --experts whole, or use --split ffn=")
+    if "ffn" in found and config.experts == "whole":
+        raise ConfigError("--split ffn divides the columns of every expert", hint="--experts cut, or --split experts=")
+    return found
+
+
+def _fitted(asked: Asked) -> Fitted:
+    """The division that serves the objective best."""
+    fastest = fit(asked.served, asked.gpus, asked.reserve, asked.wish)
+    if fastest is None:
+        raise refuse(
+            asked.served, asked.gpus, asked.engine, asked.wish, max_batch=asked.max_batch, reserve=asked.config.reserve
+        )
+    if asked.config.objective is Objective.LATENCY or asked.wish.fixed or len(set(asked.gpus)) == 1:
+        return fastest
+    candidates, tokens = [fastest], fastest.kv_tokens
+    for _ in range(_TRIES):  # more room for a slower step: unequal GPUs only
+        tokens = max(int(tokens * 1.25), tokens + asked.context)
+        more = fit(asked.served, asked.gpus, asked.reserve, replace(asked.wish, kv_tokens=tokens))
+        if more is None:
+            break
+        candidates.append(more)
+    return max(candidates, key=lambda found: _rate(asked, found))
+
+
+def _rate(asked: Asked, fitted: Fitted) -> float:
+    (setting,) = settings(asked.served, asked.gpus, fitted.shares, asked.engine)
+    return saturation(setting, asked.workload, fitted.kv_tokens, asked.max_batch)
+
+
+def _tokens(asked: Asked, *, rotate: bool) -> int | None:
+    """Tokens that have room with the remainder going round, or not."""
+    found = fit(asked.served, asked.gpus, asked.reserve, replace(asked.wish, rotate=rotate))
+    return None if found is None else found.kv_tokens
+
+
+def _memory(asked: Asked, fitted: Fitted) -> tuple[GpuMemory, ...]:
+    rows = zip(asked.gpus, fitted.weights, fitted.reserve, fitted.token, strict=True)
+    return tuple(
+        GpuMemory(
+            gpu=gpu.name, weights=weights / 1e9, reserve=kept / 1e9, context=token * asked.context / 1e9,
+            needed=(weights + kept + token * asked.context) / 1e9, kv_room=(gpu.memory - weights - kept) / 1e9,
+            memory=gpu.memory / 1e9,
+        )
+        for gpu, weights, kept, token in rows
+    )  # fmt: skip
+
+
+def _pipeline(asked: Asked) -> PipelineChoice | None:
+    """Layers over the same GPUs, at the best batch of those asked that fits."""
+    if len(asked.gpus) == 1:
+        return None
+    found = balanced(
+        asked.served, asked.gpus, asked.reserve, kv_tokens=asked.context, load_tokens=asked.wish.load_tokens
+    )
+    if found is None:
+        return None
+    stages = []
+    for g, (gpu, kinds) in enumerate(zip(asked.gpus, stage_layers(asked.served, found.layers), strict=True)):
+        alone = whole_model(asked.served, gpu)
+        stages.append(
+            Setting(
+                served=asked.served, gpus=(gpu,), shares=alone, engine=asked.engine, layers=kinds,
+                head=g == len(asked.gpus) - 1,
+            )
+        )  # fmt: skip
+    rates = {
+        batch: batch / period_s(stages, asked.workload, batch)
+        for batch in asked.config.batch
+        if batch * asked.workload.length <= found.kv_tokens
+    }
+    top = max(rates, key=lambda batch: rates[batch], default=None)
+    return PipelineChoice(
+        layers=found.layers, kv_tokens=found.kv_tokens, best_batch=top,
+        mixed_tokens_per_s=None if top is None else rates[top],
+        vllm=f"VLLM_PP_LAYER_PARTITION={','.join(map(str, found.layers))}",
+    )  # fmt: skip
+
+
+def _cost(config: PlanServeConfig, asked: Asked, tokens_per_s: float) -> Cost:
+    hours = len(asked.gpus) * 1e6 / tokens_per_s / 3600
+    return Cost(gpu_hours=hours, money=None if config.price is None else config.price * hours)
+
+
+def _rival(asked: Asked, mine: Setting, report: ServeReport) -> Rival:
+    """Another model on the same GPUs, in the same formats, for the same workload."""
+    config = asked.config
+    assert config.compare is not None
+    other = config.replace(model=config.compare, compare=None, save=None, context=None, split=())
+    served = _asked(other).served
+    active, own = active_elements(served), active_elements(asked.served)
+    names = {"model": served.shape.name, "active_parameters": active, "active_ratio": active / own}
+    try:
+        theirs = run(other)
+    except SkymoeError as error:
+        return Rival(
+            **names, fits=False, why=error.what, best_batch=None, mixed_tokens_per_s=None, same_batch=None,
+            same_batch_tokens_per_s=None, times_cheaper=None, times_cheaper_same_batch=None,
+        )  # type: ignore[arg-type]  # fmt: skip
+    rates = [{p.batch: p for p in found.sweep if p.fits} for found in (report, theirs)]
+    ours = rates[0][report.best_batch] if report.best_batch else None
+    top = rates[1][theirs.best_batch] if theirs.best_batch else None
+    same = rates[1].get(report.best_batch) if report.best_batch else None
+    return Rival(
+        **names, fits=True, why="", best_batch=theirs.best_batch,
+        mixed_tokens_per_s=top.mixed_tokens_per_s if top else None, same_batch=same.batch if same else None,
+        same_batch_tokens_per_s=same.tokens_per_s if same else None,
+        times_cheaper=ours.mixed_tokens_per_s / top.mixed_tokens_per_s if ours and top else None,
+        times_cheaper_same_batch=ours.tokens_per_s / same.tokens_per_s if ours and same else None,
+    )  # type: ignore[arg-type]  # fmt: skip
+
+
+def _notes(asked: Asked, fitted: Fitted) -> tuple[str, ...]:
+    notes = ["all times are predicted by a model of " + counted(asked.gpus) + ", none is measured"]
+    notes.append(f"engine {asked.config.engine}: {asked.engine.origin.strip()}")
+    if fitted.shares.replicas > 1:
+        heads = asked.served.attention.num_kv_heads
+        notes.append(
+            f"{heads} key/value heads on {len(asked.gpus)} GPUs: replicated up to {fitted.shares.replicas} times"
+        )
+    if asked.served.weight_bytes < 2 and fitted.shares.block < 128 and fitted.shares.block > 0:
+        notes.append(f"blocks of {fitted.shares.block} columns are cut within FP8 scale blocks of 128")
+    return tuple(notes)
