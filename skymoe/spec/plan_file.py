@@ -100,19 +100,24 @@ def read_plan(path: Path) -> Plan:
     raise FormatError(told.what, where=path, why=told.why, hint=told.hint) from told
 
 
-def write_plan(plan: Plan, path: Path) -> None:
-    """Write `plan` to the file `path`, which then is there whole or not at all.
-
-    Raises:
-        ConfigError, MachineError: the path cannot be used, or the system refuses.
-    """
-    data = {
+def plan_fields(plan: Plan) -> dict[str, Any]:
+    """What stands in the file."""
+    return {
         "format": FORMAT,
         "version": VERSION,
         "model": {"layers": plan.num_layers},
         "layout": layout_fields(plan.layout),
         "expected": dict(plan.expected),
     }
+
+
+def write_plan(plan: Plan, path: Path) -> None:
+    """Write `plan` to the file `path`, which then is there whole or not at all.
+
+    Raises:
+        ConfigError, MachineError: the path cannot be used, or the system refuses.
+    """
+    data = plan_fields(plan)
     lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in data.items())
     write_atomic(path, f"{{\n{lines}\n}}\n".encode())
 
