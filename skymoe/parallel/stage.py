@@ -108,6 +108,8 @@ class Stage(PipelineStage):
         start = self._hooks.clock.start(self.stage_index, kind, bwd_chunk_id)
         super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
         self._hooks.clock.add(self.stage_index, kind, bwd_chunk_id, start)
+        if isinstance(loss, Tensor):
+            loss.detach_()  # torch keeps it to the end of the step; with its graph it would keep the stage's input too
         if not self.is_last:
             _release(self.grad_recv_info[bwd_chunk_id])
         if full_backward:
