@@ -40,11 +40,14 @@ def solve_exactly(problem: Problem, budget: int = BUDGET) -> Answer:
         raise nothing_fits(problem)
     path = tuple(relaxed.path(relaxed.bound))
     makespan = float(simulate_paths(problem, relaxed, [path])[0])
-    found = Found(makespan, path, relaxed.bound, 1, makespan <= relaxed.bound * (1 + SLACK))
-    if not found.complete:
+    path, makespan = polish(problem, relaxed, path, makespan)
+    met = makespan <= relaxed.bound * (1 + SLACK)
+    found = Found(makespan, path, relaxed.bound, 0, met)
+    if not met:
         found = search(problem, relaxed, fronts(problem, relaxed, makespan), makespan, path, budget)
-    path = polish(problem, relaxed, found.path, found.makespan)
-    return _answer(problem, tables, relaxed, path, found)
+    if found.path != path:
+        path, makespan = polish(problem, relaxed, found.path, found.makespan)
+    return _answer(problem, tables, relaxed, path, found._replace(examined=found.examined + 1))
 
 
 def _known(problem: Problem) -> float:

@@ -1,7 +1,8 @@
-"""Among equally fast divisions, a good one: few layers run again, even, heavy stages early.
+"""From a division to a better one near it: faster, or as fast and preferred.
 
-Many divisions share the best makespan, for what holds a step up is a part of the stages only. From the best one found,
-single cuts are moved as long as nothing gets slower and the order below improves. The result is the same on every machine.
+Many divisions share the best makespan, for what holds a step up is a part of the stages only. Single cuts are moved by
+one position, as long as the step gets shorter, or stays as it is while the order below improves: few layers run again,
+even, heavy stages early. The result is the same on every machine.
 """
 
 from __future__ import annotations
@@ -13,23 +14,32 @@ from skymoe.plan.pipeline.tables import SLACK
 
 _ROUNDS = 64
 
+Path = tuple[int, ...]
 
-def polish(problem: Problem, relaxed: Relaxed, path: tuple[int, ...], makespan: float) -> tuple[int, ...]:
-    """`path`, or a neighbour's neighbour that is as fast and preferred."""
+
+def polish(problem: Problem, relaxed: Relaxed, path: Path, makespan: float) -> tuple[Path, float]:
+    """`path`, or a neighbour's neighbour that is faster or preferred; and its makespan."""
     own = _preference(relaxed, path)
     for _ in range(_ROUNDS):
-        better = sorted((key, other) for other in _neighbours(relaxed, path) if (key := _preference(relaxed, other)) < own)
-        if not better:
-            return path
-        times = simulate_paths(problem, relaxed, [other for _, other in better])
-        equal = [number for number, time in enumerate(times) if time <= makespan * (1 + SLACK)]
-        if not equal:
-            return path
-        own, path = better[equal[0]]
-    return path
+        others = _neighbours(relaxed, path)
+        if not others:
+            break
+        times = simulate_paths(problem, relaxed, others)
+        best = min(makespan, float(times.min()))
+        keys = [
+            (_preference(relaxed, other), other)
+            for other, time in zip(others, times, strict=True)
+            if time <= best * (1 + SLACK)
+        ]
+        faster = best < makespan * (1 - SLACK)
+        if not keys or not (faster or min(keys)[0] < own):
+            break
+        own, path = min(keys)
+        makespan = best
+    return path, makespan
 
 
-def _neighbours(relaxed: Relaxed, path: tuple[int, ...]) -> list[tuple[int, ...]]:
+def _neighbours(relaxed: Relaxed, path: Path) -> list[Path]:
     """Divisions with one cut moved by one position, within the ranges, all stages fitting."""
     found = []
     for cut in range(1, len(path) - 1):
@@ -44,7 +54,7 @@ def _neighbours(relaxed: Relaxed, path: tuple[int, ...]) -> list[tuple[int, ...]
     return found
 
 
-def _preference(relaxed: Relaxed, path: tuple[int, ...]) -> tuple[int, float, float]:
+def _preference(relaxed: Relaxed, path: Path) -> tuple[int, float, float]:
     """Smaller is better; rounded, so that sums of the last bits do not decide."""
     again, times = 0, []
     for block, start, end in zip(relaxed.blocks, path, path[1:], strict=False):

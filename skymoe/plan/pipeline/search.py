@@ -27,7 +27,15 @@ _BATCH = 32
 
 
 class Beginning(NamedTuple):
-    """The first stages of a division. The heap takes the least `bound`, then the longest path."""
+    """The first stages of a division. The heap takes the least `bound`, then the longest path.
+
+    Attributes:
+        bound: no division that begins so is faster.
+        missing: stages that are not chosen yet.
+        path: positions of the chosen ones.
+        before: their times of one micro-batch in sum, with hops there and back.
+        rest: the most that the others may take in sum.
+    """
 
     bound: float
     missing: int
