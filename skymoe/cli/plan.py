@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import typer
 
-from skymoe.cli import plan_profile, plan_serve
+from skymoe.cli import plan_profile, plan_serve, plan_validate
 
 app = typer.Typer(no_args_is_help=True, help="Plan a training or serving layout before a GPU hour is burned.")
 app.command()(plan_profile.profile)
 app.command()(plan_serve.serve)
+app.command()(plan_validate.validate)

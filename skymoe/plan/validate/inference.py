@@ -7,7 +7,6 @@ at once, with the number of requests that its pages print for each pair of lengt
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Final
 

@@ -1,0 +1,304 @@
+"""The division, the micro-batches, the stages and the schedule of a case; and what had to be assumed.
+
+A layout is *fully known* when tensor, pipeline and data parallel ranks, the micro-batch, the number of micro-batches
+and recomputation are all published. What is missing is assumed here, in one way for all groups, and said; such cases
+are predicted too, and judged apart.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Final
+
+from skymoe.plan.cost.model import flops
+from skymoe.plan.hardware.gpu import Cluster, Precision
+from skymoe.plan.shape import ModelShape
+from skymoe.plan.validate.cases import Case, NotJudgedError
+from skymoe.plan.work import Division, Recompute
+from skymoe.spec.layout import DispatchMode
+from skymoe.spec.split import Split
+
+
+class Pipeline(StrEnum):
+    """Schedules of published runs; more than this package's runtime has."""
+
+    ONE_F_ONE_B = "1f1b"
+    INTERLEAVED = "interleaved"
+    ZB_H1 = "zb-h1"
+    ZB_H2 = "zb-h2"
+    ZB_1P = "zb-1p"
+    ZB_2P = "zb-2p"
+
+
+ZERO_BUBBLE: Final = frozenset({Pipeline.ZB_H1, Pipeline.ZB_H2, Pipeline.ZB_1P, Pipeline.ZB_2P})
+
+
+class Placement(StrEnum):
+    """Which layers a stage has."""
+
+    UNIFORM = "uniform"
+    BALANCED = "balanced"  # whole layers so that the longest stage is shortest (by FLOPs), ends included: "redis"
+    VOCABULARY = "vocabulary"  # uniform, embedding and head divided over all stages
+    ENDS_FEWER = "ends fewer"  # first and last stage one layer fewer
+    WRITTEN = "written"
+
+
+@dataclass(frozen=True)
+class Again:
+    """What is run again.
+
+    Attributes:
+        base: of every layer.
+        share: of the layers, whole; None when the fewest that fit into memory are assumed.
+        stated: whether the source says.
+    """
+
+    base: Recompute = Recompute.NONE
+    share: float | None = 0.0
+    stated: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaseLayout:
+    """How a case is run.
+
+    Attributes:
+        division: over ranks.
+        micro_batch, num_micro: sequences, and micro-batches per step and replica.
+        chunks: stages per pipeline rank.
+        pipeline, placement: schedule and split.
+        written: layers per stage where `placement` is WRITTEN.
+        again: recomputation.
+        known: fully known (see above).
+        assumed: in words.
+    """
+
+    division: Division
+    micro_batch: int
+    num_micro: int
+    chunks: int
+    pipeline: Pipeline
+    placement: Placement
+    written: tuple[int, ...] = ()
+    again: Again = field(default_factory=Again)
+    known: bool = True
+    assumed: tuple[str, ...] = ()
+
+
+def case_layout(case: Case, cluster: Cluster, *, is_moe: bool) -> CaseLayout:
+    """The layout of `case`. Raises NotJudgedError when it contradicts itself or cannot be guessed."""
+    assumed: list[str] = []
+    division = _division(case, cluster, is_moe=is_moe, assumed=assumed)
+    micro_batch, num_micro = _batches(case, division, assumed)
+    again = case_again(case)
+    if not again.stated:
+        assumed.append("recomputation not stated: the fewest whole layers that fit")
+    pipeline, chunks = _pipeline(case, division.pp, assumed)
+    placement, written = _placement(case, division.pp * chunks)
+    published = all(case.has(f"parallel.{axis}") for axis in ("tp", "pp"))
+    published = published and case.has("batch.micro_batch_size") and again.stated
+    counted = case.has("batch.num_microbatches") or (case.has("batch.global_batch_size") and case.has("parallel.dp"))
+    return CaseLayout(
+        division=division, micro_batch=micro_batch, num_micro=num_micro, chunks=chunks, pipeline=pipeline,
+        placement=placement, written=written, again=again, known=published and counted, assumed=tuple(assumed),
+    )  # fmt: skip
+
+
+def _division(case: Case, cluster: Cluster, *, is_moe: bool, assumed: list[str]) -> Division:
+    if not (case.has("parallel.tp") or case.has("parallel.pp") or case.has("parallel.dp")):
+        raise NotJudgedError("the division over GPUs is not published")
+    tp, pp, cp = (case.count(f"parallel.{axis}", 1, high=10**5) for axis in ("tp", "pp", "cp"))
+    per_replica = tp * pp * cp
+    replicas, rest = divmod(cluster.num_gpus, per_replica)
+    dp = case.count("parallel.dp", replicas or None)
+    if rest or dp * per_replica != cluster.num_gpus:
+        raise NotJudgedError(f"tp {tp} x pp {pp} x cp {cp} x dp {dp} are not {cluster.num_gpus} GPUs")
+    stage = tp * cp * dp
+    ep = case.count("parallel.ep", 1) if is_moe else 1
+    etp = case.count("parallel.etp", _expert_tp(case, tp, ep, stage, assumed)) if is_moe else 1
+    if stage % (ep * etp):
+        raise NotJudgedError(f"ep {ep} x etp {etp} do not divide the {stage} GPUs of a stage")
+    stage_of_zero, shards = _zero(case)
+    return Division(
+        pp=pp, dp=dp, tp=tp, cp=cp, ep=ep, etp=etp, expert_stride=etp, dispatch=DispatchMode.ALL_TO_ALL,
+        sequence_parallel=case.flag("parallel.sequence_parallel", True) and tp > 1, zero_stage=stage_of_zero,
+        zero_ranks=shards, overlap=not re.search(r"internevo", case.text("framework"), re.IGNORECASE),
+    )  # fmt: skip
+
+
+def _expert_tp(case: Case, tp: int, ep: int, stage: int, assumed: list[str]) -> int:
+    """Megatron divides each expert by tp unless told otherwise; with folding or many small experts it does not."""
+    if case.text("parallel.method").lower().endswith("folding") or tp == 1:
+        return 1
+    experts, inner = case.count("model.moe.num_experts", 1), case.count("model.moe.moe_ffn_hidden_size", 1)
+    if stage % (ep * tp) == 0 and experts <= 16 and inner >= 8192:
+        assumed.append(f"each expert cut by tp = {tp}")
+        return tp
+    assumed.append("experts are not cut")
+    return 1
+
+
+def _zero(case: Case) -> tuple[int, int | None]:
+    """ZeRO stage and over how many ranks, from whichever field the table has."""
+    sharding = case.get("parallel.fsdp")
+    method = f"{case.text('parallel.method')} {case.text('parallel.technique')}"
+    if isinstance(sharding, str):
+        return (2 if "GRAD" in sharding.upper() else 3), None
+    if sharding is True or re.search(r"\bfsdp", method, re.IGNORECASE):
+        return 3, None
+    if isinstance(sharding, int) and sharding > 1:
+        return 3, min(sharding, 10**6)
+    group = re.fullmatch(r"\d{1,6}", str(case.get("parallel.zero1_group")))
+    old = re.fullmatch(r"megatron-lm", case.text("framework").lower()) is not None  # 2021, 2022
+    stage = case.count("parallel.zero_stage", 0 if old else 1, low=0, high=3)
+    return stage, int(group[0]) if group and int(group[0]) else None
+
+
+def _batches(case: Case, division: Division, assumed: list[str]) -> tuple[int, int]:
+    micro = case.count("batch.micro_batch_size", 0, low=0)
+    sequences = case.count("batch.global_batch_size", 0, low=0)
+    number = case.count("batch.num_microbatches", 0, low=0)
+    if not micro and sequences and number and sequences % (number * division.dp) == 0:
+        micro = sequences // (number * division.dp)
+    if not micro:
+        micro = 1
+        assumed.append("micro-batch of 1 sequence")
+    if not number and sequences:
+        number = max(1, round(sequences / (micro * division.dp)))
+    if not number:
+        number = 8 * division.pp
+        assumed.append(f"{number} micro-batches")
+    if number > 100_000:
+        raise NotJudgedError(f"{number} micro-batches")
+    return micro, number
+
+
+def _pipeline(case: Case, pp: int, assumed: list[str]) -> tuple[Pipeline, int]:
+    words = case.text("parallel.schedule").lower()
+    chunks = case.count("parallel.vp", 1, high=512) if pp > 1 else 1
+    zero_bubble = re.search(r"zb-?(1p|2p|h1|h2)\b", words)
+    if zero_bubble:
+        return Pipeline(f"zb-{zero_bubble[1]}"), 1
+    if re.search(r"interleav|1f1b-i\b", words) and chunks == 1 and pp > 1:
+        assumed.append("2 chunks per rank")
+        return Pipeline.INTERLEAVED, 2
+    if words and not re.search(r"1f1b|interleav", words):
+        raise NotJudgedError(f"schedule {words!r}")
+    return (Pipeline.INTERLEAVED if chunks > 1 else Pipeline.ONE_F_ONE_B), chunks
+
+
+def _placement(case: Case, num_stages: int) -> tuple[Placement, tuple[int, ...]]:
+    if isinstance(case.get("parallel.layer_split"), list):
+        sizes = case.numbers("parallel.layer_split")
+        if len(sizes) != num_stages or any(size != int(size) for size in sizes):
+            raise NotJudgedError("the layer split does not fit the stages")
+        return Placement.WRITTEN, tuple(int(size) for size in sizes)
+    words = case.text("parallel.layer_split").lower()
+    if "vocabulary layers" in words or "vocab" in words and "all stages" in words:
+        return Placement.VOCABULARY, ()
+    if "redis" in words:
+        return Placement.BALANCED, ()
+    if "one layer fewer" in case.text("parallel.layer_split_rule"):
+        return Placement.ENDS_FEWER, ()
+    return Placement.UNIFORM, ()
+
+
+def case_again(case: Case) -> Again:
+    """The words of the table: "none", "full", "selective (attention core)", "mlp", "selective per-op", .."""
+    words = case.text("recompute").lower().strip()
+    if not words or re.search(r"not stated|see |varied|unknown|per row|\?", words):
+        return Again(share=None, stated=False)
+    if words in ("none", "no", "off", "false"):
+        return Again()
+    if re.match(r"full|uniform|all|block", words):
+        return Again(share=1.0)
+    if re.search(r"torchtitan", case.text("framework"), re.IGNORECASE):
+        return Again(share=0.5)  # saves every second matrix product
+    if re.search(r"moe_act|layernorm|act\b|norm", words) and "core" not in words:
+        return Again(base=Recompute.MOE_ACT)
+    if re.search(r"mlp|\bmoe\b|shared_experts", words):
+        return Again(base=Recompute.MOE_ACT, stated=False)  # more than that level, less than whole layers
+    return Again(base=Recompute.SELECTIVE)
+
+
+_PRECISIONS: Final = (
+    (r"nvfp4|fp4", Precision.NVFP4),
+    (r"fp8|float8", Precision.FP8),
+    (r"fp32|tf32", Precision.FP32),
+    (r"bf16|fp16|float16|half", Precision.BF16),
+)
+
+
+def case_precision(case: Case) -> Precision:
+    """Of the layers' matrix products; bf16 where the table says nothing."""
+    words = case.text("precision").lower()
+    return next((kind for pattern, kind in _PRECISIONS if re.search(pattern, words)), Precision.BF16)
+
+
+def case_stages(shape: ModelShape, layout: CaseLayout, sequence_length: int, predicts_two: bool = False) -> Split:
+    """Halves per stage; with multi-token prediction the last stage counts two heads and one more layer.
+
+    Raises:
+        NotJudgedError: more stages than layers can fill.
+    """
+    num_stages, layers = layout.division.pp * layout.chunks, shape.num_layers
+    if num_stages > layers + 2:
+        raise NotJudgedError(f"{num_stages} stages for {layers} layers")
+    if layout.placement is Placement.WRITTEN:
+        if sum(layout.written) != layers:
+            raise NotJudgedError("the layer split does not have the model's layers")
+        return Split(layout.written).scaled(2)
+    if layout.placement is Placement.BALANCED:
+        return balanced(shape, num_stages, sequence_length, predicts_two).scaled(2)
+    if layers % num_stages == 0 and layout.placement is not Placement.ENDS_FEWER:
+        return Split.even(layers, num_stages).scaled(2)
+    if num_stages > 1 and (layers + 2) % num_stages == 0:  # Megatron: embedding and loss each count as a layer
+        each = (layers + 2) // num_stages
+        return Split((each - 1, *(each,) * (num_stages - 2), each - 1)).scaled(2)
+    return balanced(shape, num_stages, sequence_length, predicts_two).scaled(2)
+
+
+def balanced(shape: ModelShape, num_stages: int, sequence_length: int, predicts_two: bool = False) -> Split:
+    """Whole layers so that the longest stage is shortest by FLOPs, the head counted (Vocabulary Parallelism, table 5).
+
+    Of the splits with that longest stage it takes the one that fills stages from the first to the last.
+    """
+    count = flops(shape, sequence_length, causal=False)
+    costs = [count.halves[2 * layer] + count.halves[2 * layer + 1] for layer in range(shape.num_layers)]
+    head = 2 * count.head + costs[-1] if predicts_two else count.head
+    candidates = sorted({value for start in range(len(costs)) for value in _sums(costs, start, head)})
+    low, high = 0, len(candidates) - 1
+    while low < high:  # the smallest longest stage with which everything finds a place
+        middle = (low + high) // 2
+        low, high = (low, middle) if _filled(costs, head, candidates[middle], num_stages) else (middle + 1, high)
+    sizes = _filled(costs, head, candidates[low], num_stages)
+    if sizes is None:
+        raise NotJudgedError(f"{num_stages} stages for {shape.num_layers} layers")
+    return Split(tuple(sizes))
+
+
+def _sums(costs: Sequence[float], start: int, head: float) -> list[float]:
+    """Of the layers from `start` on, one more each time; to the end also with the head."""
+    total, sums = 0.0, [head]
+    for cost in costs[start:]:
+        total += cost
+        sums.append(total)
+    return [*sums, total + head]
+
+
+def _filled(costs: Sequence[float], head: float, longest: float, num_stages: int) -> list[int] | None:
+    """Layers per stage when every stage takes at most `longest`, as even as that allows; None when it does not go."""
+    room = longest * (1 + 1e-9)
+    sizes, layer = [0] * num_stages, len(costs)
+    used = head
+    for stage in reversed(range(num_stages)):
+        share = -(-layer // (stage + 1))  # what is left, evenly over the stages that are left
+        while layer and sizes[stage] < share and used + costs[layer - 1] <= room:
+            layer -= 1
+            used += costs[layer]
+            sizes[stage] += 1
+        used = 0.0
+    return None if layer or head > room else sizes

@@ -1,0 +1,210 @@
+"""A training case as the planner sees it: Work, stages, recomputation, and one call of `estimate`.
+
+The same code that plans answers here; nothing below knows a group by name. What a published run does and `estimate`
+does not know is translated into prices: a head divided over all stages (Vocabulary Parallelism), a second head and one
+more layer at the end (multi-token prediction).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from skymoe.base.errors import ConfigError
+from skymoe.plan.alive import peak_alive
+from skymoe.plan.cost.model import prices
+from skymoe.plan.cost.prices import Price, Prices
+from skymoe.plan.hardware.gpu import Precision
+from skymoe.plan.memory.model import rank_memory, sizes
+from skymoe.plan.memory.sizes import Size, Sizes
+from skymoe.plan.orders import Order, interleaved, one_f_one_b, one_rank
+from skymoe.plan.train.estimate import Estimate, estimate
+from skymoe.plan.train.stages import StageTimes, stage_times
+from skymoe.plan.validate.cases import Case, NotJudgedError
+from skymoe.plan.validate.layouts import (
+    ZERO_BUBBLE,
+    CaseLayout,
+    Pipeline,
+    Placement,
+    case_layout,
+    case_precision,
+    case_stages,
+)
+from skymoe.plan.validate.machines import case_cluster
+from skymoe.plan.validate.models import CaseModel, case_model
+from skymoe.plan.work import Recompute, Work
+from skymoe.plan.zero_bubble import zb_h1, zb_h2, zero_bubble_order
+from skymoe.spec.layout import ScheduleKind
+from skymoe.spec.split import Split
+
+_MOST_TASKS = 400_000  # of a simulated step; more micro-batches than that repeat themselves
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """A case on paper.
+
+    Attributes:
+        model, layout: what was understood.
+        work, stages, recompute: what was asked.
+        estimate: the answer.
+        assumed: in words.
+    """
+
+    model: CaseModel
+    layout: CaseLayout
+    work: Work
+    stages: Split
+    recompute: tuple[int, ...]
+    estimate: Estimate
+    assumed: tuple[str, ...]
+
+
+def predict(case: Case) -> Prediction:
+    """Predict `case`. Raises NotJudgedError with the reason when that is not possible."""
+    try:
+        return _predict(case)
+    except ConfigError as error:
+        raise NotJudgedError(f"refused by the planner: {error.what}") from error
+
+
+def _predict(case: Case) -> Prediction:
+    model, cluster = case_model(case), case_cluster(case)
+    is_moe = any(layer.ffn.is_moe for layer in model.shape.layers)
+    layout = case_layout(case, cluster, is_moe=is_moe)
+    work = Work(
+        shape=model.shape, division=layout.division, cluster=cluster,
+        sequence_length=case.count("batch.seq_len", high=2**24), micro_batch=layout.micro_batch,
+        num_micro=layout.num_micro, precision=case_precision(case), recompute=layout.again.base,
+        flash=has_flash(case), chunks=layout.chunks,
+    )  # fmt: skip
+    if 4 * work.num_micro * layout.division.pp * layout.chunks > _MOST_TASKS:
+        raise NotJudgedError(
+            f"{work.num_micro} micro-batches over {layout.division.pp} stages are too many to simulate"
+        )
+    stages, recompute, answer = _answer(work, model, layout)
+    return Prediction(
+        model=model, layout=layout, work=work, stages=stages, recompute=recompute, estimate=answer,
+        assumed=(*model.assumed, *layout.assumed),
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=512)  # tables repeat their setups from release to release
+def _answer(work: Work, model: CaseModel, layout: CaseLayout) -> tuple[Split, tuple[int, ...], Estimate]:
+    stages = case_stages(model.shape, layout, work.sequence_length, model.predicts_two)
+    priced, sized = _published_prices(work, model, layout), _published_sizes(work, layout)
+    recompute = _again(work, sized, stages, layout)
+    kind = ScheduleKind.INTERLEAVED if layout.chunks > 1 else ScheduleKind.ONE_F_ONE_B
+    order = order_of_case(layout, stage_times(priced, stages, recompute), priced.hop_s)
+    answer = estimate(work, stages, recompute, schedule=kind, order=order, priced=priced, sized=sized)
+    if layout.pipeline in ZERO_BUBBLE:
+        answer = _without_barrier(work, stages, recompute, sized, answer)
+    return stages, recompute, answer
+
+
+def has_flash(case: Case) -> bool:
+    """Whether attention is fused: not in Megatron-LM of 2021 and 2022 and what was built on it in 2023.
+
+    Scores of Qi et al. (zero_bubble) are not fused: their memory has the 5 a s^2 b of them.
+    """
+    old = case.text("framework").lower() == "megatron-lm" and case_precision(case) is Precision.BF16
+    return not (case.group in {"narayanan2021", "korthikanti2022", "zero_bubble"} or old)
+
+
+def order_of_case(layout: CaseLayout, times: StageTimes, hop_s: float) -> Order:
+    """Of the passes; those of zero-bubble schedules are found for the times of the stages."""
+    pp, number = layout.division.pp, layout.num_micro
+    if pp == 1:
+        return one_rank(layout.chunks, number)
+    if layout.pipeline is Pipeline.ONE_F_ONE_B:
+        return one_f_one_b(pp, number)
+    if layout.pipeline is Pipeline.INTERLEAVED:
+        return interleaved(pp, layout.chunks, number)
+    limit = {Pipeline.ZB_1P: 1.0, Pipeline.ZB_2P: 2.0}.get(layout.pipeline)
+    if limit is None:
+        return zb_h1(pp, number) if layout.pipeline is Pipeline.ZB_H1 else zb_h2(pp, number)
+    return zero_bubble_order(pp, number, times.forward_s, times.input_s, times.weight_s, hop_s, limit * pp)
+
+
+def _without_barrier(work: Work, stages: Split, recompute: Sequence[int], sized: Sizes, answer: Estimate) -> Estimate:
+    """Ranks begin the next step without waiting for each other, and keep what the order itself keeps."""
+    pipeline_s = answer.timeline.longest_rank_s
+    alive = peak_alive(answer.timeline)
+    kind = ScheduleKind.ONE_F_ONE_B
+    memory = rank_memory(work, sized, stages, recompute, schedule=kind, alive=alive)
+    return replace(answer, pipeline_s=pipeline_s, step_s=pipeline_s + answer.end.total_s, memory=memory)
+
+
+def _published_prices(work: Work, model: CaseModel, layout: CaseLayout) -> Prices:
+    listed = prices(work)
+    if model.predicts_two:
+        listed = replace(listed, head=_sum((listed.head, listed.head, *listed.halves[-2:])))
+    if layout.placement is not Placement.VOCABULARY:
+        return listed
+    ends = _sum((listed.embedding, listed.head))
+    part = _scaled(ends, 1.0 / len(listed.halves))
+    free = Price(forward_s=0.0, backward_s=0.0)
+    return replace(listed, halves=tuple(_sum((half, part)) for half in listed.halves), embedding=free, head=free)
+
+
+def _sum(parts: Sequence[Price]) -> Price:
+    causes: dict[str, float] = {}
+    for part in parts:
+        for cause, seconds in part.parts.items():
+            causes[cause] = causes.get(cause, 0.0) + seconds
+    return Price(
+        forward_s=sum(part.forward_s for part in parts), backward_s=sum(part.backward_s for part in parts),
+        weight_s=sum(part.weight_s for part in parts), again_s=parts[0].again_s, parts=causes,
+    )  # fmt: skip
+
+
+def _scaled(price: Price, share: float) -> Price:
+    return Price(
+        forward_s=share * price.forward_s, backward_s=share * price.backward_s, weight_s=share * price.weight_s,
+        parts={cause: share * seconds for cause, seconds in price.parts.items()},
+    )  # fmt: skip
+
+
+def _published_sizes(work: Work, layout: CaseLayout) -> Sizes:
+    """Where embedding and head are divided over all stages, so are their bytes."""
+    listed = sizes(work)
+    if layout.placement is not Placement.VOCABULARY:
+        return listed
+    ends, share = (listed.embedding, listed.head), 1.0 / len(listed.halves)
+    static = [
+        share * sum(getter) for getter in zip(*((e.weights, e.gradients, e.optimizer) for e in ends), strict=True)
+    ]
+    transient = share * sum(end.transient for end in ends) * len(listed.halves) / work.division.pp
+
+    def with_part(half: Size) -> Size:
+        return replace(
+            half, weights=half.weights + static[0], gradients=half.gradients + static[1],
+            optimizer=half.optimizer + static[2], transient=max(half.transient, transient),
+        )  # fmt: skip
+
+    nothing = Size(weights=0.0, gradients=0.0, optimizer=0.0, activation=0.0, checkpoint=0.0)
+    return replace(listed, halves=tuple(map(with_part, listed.halves)), embedding=nothing, head=nothing)
+
+
+def _again(work: Work, sized: Sizes, stages: Split, layout: CaseLayout) -> tuple[int, ...]:
+    """Layers per stage that are run again whole: as stated, or the fewest per stage that fit, the same on all."""
+    layers = [len({unit // 2 for unit in part}) for part in stages]
+    if layout.again.share is not None:
+        return tuple(round(layout.again.share * count) for count in layers)
+    kind = ScheduleKind.INTERLEAVED if layout.chunks > 1 else ScheduleKind.ONE_F_ONE_B
+    low, high = 0, max(layers)
+    while low < high:
+        middle = (low + high) // 2
+        recompute = tuple(min(middle, count) for count in layers)
+        memory = rank_memory(work, sized, stages, recompute, schedule=kind)
+        fits = max(rank.total for rank in memory) <= work.cluster.gpu.memory
+        low, high = (low, middle) if fits else (middle + 1, high)
+    return tuple(min(low, count) for count in layers)
+
+
+def share_again(prediction: Prediction) -> float:
+    """The share of layers that are run again whole: 1 under full recomputation."""
+    if prediction.work.recompute is Recompute.FULL:
+        return 1.0
+    return min(1.0, sum(prediction.recompute) / prediction.work.shape.num_layers)

@@ -1,0 +1,91 @@
+"""`skymoe plan validate`: a file of published measurements, predicted case by case, and the promises that must hold.
+
+Every case becomes comparisons or a reason why there are none. Nothing is fitted here: constants are those of the
+catalogue, and how they were fitted is `benchmarks/calibrate.py`'s affair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from skymoe.base.errors import ConfigError
+from skymoe.plan.validate.cases import Case, NotJudged, NotJudgedError, read_cases
+from skymoe.plan.validate.compare import compare
+from skymoe.plan.validate.components import compare_component, compare_relative_memory
+from skymoe.plan.validate.config import ValidateConfig
+from skymoe.plan.validate.conventions import SOURCES
+from skymoe.plan.validate.gains import gains
+from skymoe.plan.validate.gates import gates_of
+from skymoe.plan.validate.inference import inference_groups
+from skymoe.plan.validate.page import accuracy_page
+from skymoe.plan.validate.report import ValidateReport
+from skymoe.plan.validate.result import Comparison, grouped
+from skymoe.plan.validate.schedules import bubble_of_training, compare_schedule, compare_stages
+
+
+def run(config: ValidateConfig) -> ValidateReport:
+    """Predict and compare.
+
+    Raises:
+        FormatError: no readable list of cases.
+        ConfigError: none of the groups is in the file.
+    """
+    cases, refused = read_cases(config.cases)
+    if config.groups:
+        names = sorted({case.group for case in cases})
+        cases = tuple(case for case in cases if case.group in config.groups)
+        refused = tuple(case for case in refused if case.group in config.groups)
+        if not cases:
+            raise ConfigError(
+                f"no case of the group {', '.join(config.groups)}",
+                where=config.cases,
+                hint=f"one of {', '.join(names)}",
+            )
+    report = validate(cases, refused, name=config.cases.name)
+    if config.write_docs is not None:
+        Path(config.write_docs).write_text(accuracy_page(report, worst=max(config.worst, 40)), encoding="utf-8")
+    return report
+
+
+def validate(cases: Sequence[Case], refused: Sequence[NotJudged] = (), *, name: str = "cases") -> ValidateReport:
+    """Compare `cases`, which were read before."""
+    comparisons: list[Comparison] = []
+    aside = list(refused)
+    for case in cases:
+        if case.kind == "inference":
+            continue
+        try:
+            comparisons += _compare(case)
+        except NotJudgedError as reason:
+            aside.append(NotJudged(case.id, case.group, str(reason)))
+    comparisons += gains(cases, comparisons)
+    conventions = {group: f"{source.convention}: {source.checked}" for group, source in SOURCES.items()}
+    groups = grouped(comparisons, aside, conventions)
+    served = inference_groups([case for case in cases if case.kind == "inference"])
+    return ValidateReport(
+        cases=name, num_cases=len(cases) + len(refused), groups=(*groups, *served), gates=gates_of(groups, served)
+    )
+
+
+def _compare(case: Case) -> Iterator[Comparison]:
+    yield from _kind_of(case)(case)
+    if case.kind == "training":
+        try:
+            yield from bubble_of_training(case)
+        except NotJudgedError:
+            return
+
+
+def _kind_of(case: Case) -> Callable[[Case], tuple[Comparison, ...]]:
+    if case.kind == "training":
+        return compare
+    if case.kind == "memory":
+        return compare_relative_memory if case.has("measured.rel_activation_pct_vs_tp_baseline") else compare
+    if case.kind == "schedule":
+        return compare_schedule
+    if case.kind == "stage_timing":
+        return compare_stages
+    if case.kind == "component":
+        return compare_component
+    raise NotJudgedError(f"cases of the kind {case.kind!r} are not predicted")
