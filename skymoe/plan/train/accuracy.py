@@ -1,0 +1,21 @@
+"""How far the figures of a plan can be trusted, in words. The measured cases behind it are in docs/plan_accuracy.md."""
+
+from __future__ import annotations
+
+from skymoe.plan.train.asked import Asked
+
+PAGE = "docs/plan_accuracy.md"
+
+
+def accuracy_of(asked: Asked) -> tuple[str, ...]:
+    """For this kind of model and machine."""
+    kind = "mixtures of experts" if asked.spec.moe else "dense models"
+    told = [
+        f"predicted, not measured: {PAGE} holds predictions against published runs, among them {kind}",
+        "layouts of one table are compared more safely than a step time is believed: most errors are common to all",
+    ]
+    if asked.spec.moe and asked.config.imbalance == 1.0 and asked.config.capacity is None:
+        told.append("unequal loads of experts cost time and memory that are not in these figures (--imbalance)")
+    if asked.cluster.gpu.origin.startswith("as "):
+        told.append(f"the constants of {asked.cluster.gpu.name} are taken over ({asked.cluster.gpu.origin})")
+    return tuple(told)

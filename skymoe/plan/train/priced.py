@@ -1,0 +1,131 @@
+"""A candidate as a pipeline to be divided, and how fast it could be at best.
+
+The bound is valid for every division of the layers, so what cannot win need not be divided. Of the pipeline's time:
+
+    any schedule    each rank works through its share:            T >= m t / P       (t: all layers and ends, once)
+    1F1B            rank s starts after all before it have done one forward, and ends before they do their last
+                    backward: T >= sum_{i<s} t_i + m t_s for every s. Stages that make all of these equal are
+                    t_s = t_{s-1} (1 - 1/m), whence               T >= t / (1 - (1 - 1/m)^P)
+
+Of the end of the step: that of a rank with L / P layers, rounded down, for some rank has as many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from skymoe.plan.cost.model import prices, step_end
+from skymoe.plan.cost.prices import Prices
+from skymoe.plan.memory.model import sizes
+from skymoe.plan.memory.sizes import Sizes
+from skymoe.plan.pipeline.problem import Problem
+from skymoe.plan.train.asked import Asked
+from skymoe.plan.train.problem_of import problem_of
+from skymoe.plan.train.space import Candidate
+from skymoe.plan.work import Division, Recompute, Work
+from skymoe.spec.layout import ScheduleKind
+from skymoe.spec.split import Split
+
+LEVELS = {
+    "auto": Recompute.NONE, "none": Recompute.NONE, "full": Recompute.FULL, "selective": Recompute.SELECTIVE,
+    "moe_act": Recompute.MOE_ACT,
+}  # fmt: skip
+"""What every layer runs again, beside the layers that a stage runs again whole."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Priced:
+    """A candidate with its prices.
+
+    Attributes:
+        candidate: the layout.
+        work: one micro-batch of it.
+        prices, sizes: seconds and bytes.
+        problem: the pipeline that is to be divided.
+        bound_s: no division of it is faster.
+    """
+
+    candidate: Candidate
+    work: Work
+    prices: Prices
+    sizes: Sizes
+    problem: Problem
+    bound_s: float
+
+    @property
+    def static_share(self) -> float:
+        """Bytes of weights, gradients and optimizer that the fullest rank has at least."""
+        parts = (*self.sizes.halves, self.sizes.embedding, self.sizes.head)
+        return sum(part.static for part in parts) / self.candidate.pp
+
+
+def work_of(asked: Asked, candidate: Candidate, level: Recompute) -> Work:
+    """One micro-batch of `candidate`, with `level` in every layer."""
+    weight_bytes = 4.0 if asked.precision == "fp32" else 2.0
+    layout = candidate.layout(Split.remainder_first(2 * asked.shape.num_layers, candidate.num_stages))
+    return Work(
+        shape=asked.shape,
+        division=Division.of(layout, weight_bytes=weight_bytes),
+        cluster=asked.cluster,
+        sequence_length=asked.sequence_length,
+        micro_batch=candidate.micro_batch,
+        num_micro=candidate.num_micro,
+        precision=asked.precision,
+        recompute=level,
+        imbalance=asked.config.imbalance,
+        capacity=asked.config.capacity,
+        chunks=candidate.chunks,
+    )
+
+
+def price(asked: Asked, candidate: Candidate, *, level: Recompute | None = None) -> Priced:
+    """`candidate` as a pipeline; `level` in place of what the config says."""
+    work = work_of(asked, candidate, LEVELS[asked.config.recompute] if level is None else level)
+    seconds, bytes_ = prices(work), sizes(work)
+    problem = problem_of(
+        work, seconds, bytes_, schedule=candidate.schedule, chunks=candidate.chunks, memory=asked.memory,
+        whole_layers=asked.config.whole_layers, recompute=asked.config.recompute not in ("none", "full"),
+    )  # fmt: skip
+    return Priced(
+        candidate=candidate, work=work, prices=seconds, sizes=bytes_, problem=problem,
+        bound_s=bound_s(work, problem),
+    )  # fmt: skip
+
+
+def price_all(asked: Asked, candidates: Sequence[Candidate]) -> list[Priced]:
+    """All of them. Prices and sizes do not depend on the schedule, so those of equal ranks and tokens are shared."""
+    known: dict[Candidate, Priced] = {}
+    priced = []
+    for candidate in candidates:
+        alike = replace(candidate, schedule=ScheduleKind.ONE_F_ONE_B, chunks=1)
+        if alike not in known:
+            known[alike] = price(asked, alike)
+        priced.append(_with_schedule(known[alike], candidate))
+    return priced
+
+
+def _with_schedule(priced: Priced, candidate: Candidate) -> Priced:
+    problem = replace(priced.problem, schedule=candidate.schedule, chunks=candidate.chunks)
+    work = replace(priced.work, chunks=candidate.chunks)
+    return replace(priced, candidate=candidate, work=work, problem=problem, bound_s=bound_s(work, problem))
+
+
+def bound_s(work: Work, problem: Problem) -> float:
+    """No division of `problem` makes a faster step."""
+    pipeline_s = pipeline_bound_s(problem)
+    ranks, layers = problem.num_ranks, work.shape.num_layers // problem.num_ranks
+    inner = (2 * layers,) * max(1, ranks - 2)
+    stages = Split(inner if ranks == 1 else (0, *inner, 0)[:ranks])
+    # What hides communication grows with the pipeline's time; twice the bound is more than any candidate of use takes.
+    return pipeline_s + step_end(work, stages, pipeline_s=2 * pipeline_s).total_s
+
+
+def pipeline_bound_s(problem: Problem) -> float:
+    """No division of `problem` is faster."""
+    ends = problem.embedding, problem.head
+    once = sum(part.forward + part.backward for part in (*problem.units, *ends))
+    ranks, num_micro = problem.num_ranks, problem.num_micro
+    if ranks > 1 and problem.schedule is ScheduleKind.ONE_F_ONE_B:
+        return once / (1.0 - (1.0 - 1.0 / num_micro) ** ranks)
+    return max(num_micro * once / ranks, once)

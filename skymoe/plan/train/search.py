@@ -1,0 +1,150 @@
+"""The search over layouts: bound, divide exactly, rank.
+
+Candidates are taken in the order of their bounds. One that, by its bound, cannot matter is not divided (`Ranking`); all
+others get the solver's division of their layers, and its simulated time. So the best layout is the best of all
+candidates, as far as the solver's answers are optimal: exact for 1F1B, good ones with a proven gap for the other
+schedules. The runners-up are the best of each other division of the GPUs under 1F1B, or better where it was looked at.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import inf
+
+from skymoe.base.errors import ConfigError
+from skymoe.plan.cost.model import step_end
+from skymoe.plan.pipeline.problem import Answer
+from skymoe.plan.pipeline.solve import solve, uniform
+from skymoe.plan.train.asked import Asked
+from skymoe.plan.train.priced import Priced, price_all
+from skymoe.plan.train.space import Candidate, candidates
+from skymoe.spec.layout import ScheduleKind
+
+GB = 1e9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """A layout with its best division."""
+
+    priced: Priced
+    answer: Answer
+    step_s: float
+
+    @property
+    def candidate(self) -> Candidate:
+        """The layout."""
+        return self.priced.candidate
+
+    @property
+    def memory_gb(self) -> float:
+        """Of the fullest rank."""
+        return (max(self.answer.memory) + self.priced.sizes.reserve) / GB
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refused:
+    """A layout that was not taken.
+
+    Attributes:
+        priced: the layout.
+        why: `memory` or `bound`.
+        reason: with numbers.
+        need: bytes that a GPU would need, where memory is the reason.
+        best_s: no division of it is faster, in seconds.
+    """
+
+    priced: Priced
+    why: str
+    reason: str
+    need: float = 0.0
+    best_s: float = 0.0
+
+    @property
+    def candidate(self) -> Candidate:
+        """The layout."""
+        return self.priced.candidate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Searched:
+    """All that was found, the fastest first, and all that was refused."""
+
+    found: tuple[Found, ...]
+    refused: tuple[Refused, ...]
+    legal: int
+
+
+def search(asked: Asked) -> Searched:
+    """Look at every legal layout."""
+    legal = candidates(asked.config, asked.spec, asked.cluster, asked.sequences)
+    priced = sorted(price_all(asked, legal), key=lambda one: (one.bound_s, one.candidate))
+    ranking = Ranking(asked.config.top + 1)
+    found: list[Found] = []
+    refused: list[Refused] = []
+    for one in priced:
+        if one.bound_s >= ranking.limit_s(one.candidate):
+            reason = f"at least {one.bound_s:.3g} s a step, however the layers are divided"
+            refused.append(Refused(priced=one, why="bound", reason=reason, best_s=one.bound_s))
+            continue
+        result = divide(one)
+        if isinstance(result, Refused):
+            refused.append(result)
+            continue
+        found.append(result)
+        ranking.add(result)
+    found.sort(key=lambda one: (one.step_s, one.candidate))
+    return Searched(found=tuple(found), refused=tuple(refused), legal=len(legal))
+
+
+class Ranking:
+    """The best step of each division of the GPUs, and what a candidate must be below to matter."""
+
+    def __init__(self, top: int) -> None:
+        self._top = top
+        self._best_s: dict[tuple[object, ...], float] = {}
+
+    def add(self, found: Found) -> None:
+        """Note a result."""
+        key = layout_key(found.candidate)
+        self._best_s[key] = min(found.step_s, self._best_s.get(key, inf))
+
+    def limit_s(self, candidate: Candidate) -> float:
+        """1F1B: into the list of the best `top`, and better than the same ranks already do. Other schedules take the
+        solver longer and are of interest only where they could be the best of all."""
+        if candidate.schedule is not ScheduleKind.ONE_F_ONE_B:
+            return min(self._best_s.values(), default=inf)
+        listed = sorted(self._best_s.values())[self._top - 1] if len(self._best_s) >= self._top else inf
+        return min(listed, self._best_s.get(layout_key(candidate), inf))
+
+
+def layout_key(candidate: Candidate) -> tuple[object, ...]:
+    """Divisions of the GPUs: what differs in more than schedule and micro-batch."""
+    return candidate.pp, candidate.dp, candidate.tp, candidate.expert
+
+
+def divide(priced: Priced) -> Found | Refused:
+    """The best division of one candidate, or why there is none."""
+    memory = priced.problem.memory
+    assert memory is not None, "a GPU has a memory"
+    if priced.static_share > memory:
+        return _too_large(priced, priced.static_share, "weights, gradients and optimizer alone")
+    try:
+        answer = solve(priced.problem)
+    except ConfigError:
+        again = "every layer run again" if priced.problem.recompute else "nothing run again"
+        return _too_large(priced, max(uniform(priced.problem).memory), f"the uniform split with {again}")
+    return found_of(priced, answer)
+
+
+def found_of(priced: Priced, answer: Answer) -> Found:
+    """With the end of the step."""
+    end = step_end(priced.work, answer.stages, pipeline_s=answer.makespan)
+    return Found(priced=priced, answer=answer, step_s=answer.makespan + end.total_s)
+
+
+def _too_large(priced: Priced, need: float, what: str) -> Refused:
+    memory = priced.problem.memory or 0.0
+    need, there = need + priced.sizes.reserve, memory + priced.sizes.reserve
+    reason = f"memory short by {(need - there) / GB:.1f} GB: {what} needs {need / GB:.1f} GB of {there / GB:.1f}"
+    return Refused(priced=priced, why="memory", reason=reason, need=need)
