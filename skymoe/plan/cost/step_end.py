@@ -1,8 +1,10 @@
 """The end of a step: gradients to their owners, the optimizer, weights back.
 
 What hides the communication is little: gradients are complete only in the last micro-batch's backward, weights are
-needed in the first one's forward, so with m micro-batches over P stages the cover is 2/3 and 1/3 of
-pipeline_s / (m + P - 1); all of the rest is exposed (research/planner.md, 3.4). The slowest pipeline rank counts.
+needed in the first one's forward, so with m micro-batches over P stages the cover is 2/3 and 1/3 of one slot,
+pipeline_s / (m + P - 1); all of the rest is exposed (research/planner.md, 3.4). With V chunks per rank the last
+backwards of a chunk take P micro-batches before the next chunk's begin, so what is complete of all chunks but the last
+travels behind (V-1)/V of min(P, m) slots. The slowest pipeline rank counts.
 
 The optimizer is a stream: per parameter that a rank owns it reads and writes its state and reads the gradient twice
 (norm, update) and writes the weight; gradients of all a rank holds are cleared. A tied table of a pipeline adds an
@@ -51,7 +53,7 @@ def _end(sharding: Sharding, own: Parameters, pipeline_s: float, update_s: float
     elif sharding.groups[0].across.ranks > 1:  # hybrid: shards are summed between groups once per step
         shards, across = sharding.groups[0].shard.ranks, sharding.groups[0].across
         reduce_s = across.all_reduce(division.gradient_bytes * own.dense / shards)
-    cover = pipeline_s / max(1, work.num_micro + division.pp - 1) if division.overlap else 0.0
+    cover = _slots(work) * pipeline_s / max(1, work.num_micro + division.pp - 1) if division.overlap else 0.0
     exposed_s = exposed(reduce_s, 2 / 3 * cover) + exposed(gather_s, cover / 3) + _tied(frame)
     owned = sharding.owned(own)
     moved = owned * (2 * division.optimizer_bytes + 2 * division.gradient_bytes + division.weight_bytes)
@@ -64,6 +66,12 @@ def _end(sharding: Sharding, own: Parameters, pipeline_s: float, update_s: float
         update_s=frame.kernels.memory(moved, _UPDATE_KERNELS) if measured is None else measured,
         fixed_s=work.cluster.gpu.laws.step_overhead_s,
     )
+
+
+def _slots(work: Work) -> float:
+    """Micro-batches of one rank behind which gradients and weights travel."""
+    share = 1.0 / max(1, work.chunks)
+    return share + (1.0 - share) * min(work.division.pp, work.num_micro)
 
 
 def _tied(frame: Frame) -> float:
