@@ -40,6 +40,7 @@ class Division:
         weight_bytes, gradient_bytes, optimizer_bytes: per parameter; the optimizer's 12 are fp32 master and moments.
         overlap: communication of data parallelism is hidden behind computation where it can be.
         tensor_overlap: that of tensor parallelism too, in pieces beside the products (Transformer Engine).
+        node_dispatch: a token crosses to a node once, whatever number of its experts are there (DeepEP).
         expert_overlap: dispatch and combine too, behind the computation of another micro-batch.
     """
 
@@ -59,6 +60,7 @@ class Division:
     optimizer_bytes: float = 12.0
     overlap: bool = True
     tensor_overlap: bool = False
+    node_dispatch: bool = False
     expert_overlap: bool = False
 
     @property

@@ -95,3 +95,12 @@ def test_cover_hides_but_not_for_free(communication, cover):
     added = exposed(communication, cover)
     assert max(0.0, communication - cover) <= added <= communication
     assert exposed(communication, 0.0) == communication
+
+
+def test_tokens_that_cross_to_a_node_once_are_cheaper_the_more_copies_they_have():
+    """DeepEP: two nodes and eight choices: nearly every token crosses once instead of four times."""
+    group, size = Group(cluster_of("h100-80g", 16), 16), 1e9
+    alone, shared = (group.all_to_all(size, copies=copies) - group.latency_s for copies in (1, 8))
+    assert shared / alone == pytest.approx(2 * (1 - 0.5**8) / 8, rel=1e-6)
+    within = Group(cluster_of("h100-80g", 8), 8)
+    assert within.all_to_all(size, copies=8) == within.all_to_all(size)

@@ -52,13 +52,22 @@ class Group:
         levels = math.log2(math.ceil(self.ranks / self.neighbours))
         return gpu.node.latency_s + 2.0 * levels * gpu.network.latency_s + 2.0 * self._transfer(size)
 
-    def all_to_all(self, size: float) -> float:
-        """Seconds; `size` bytes on every rank, an equal part for each rank, its own included."""
+    def all_to_all(self, size: float, *, copies: int = 1) -> float:
+        """Seconds; `size` bytes on every rank, an equal part for each rank, its own included.
+
+        Args:
+            size: bytes.
+            copies: so many equal copies of everything are among `size`, for ranks drawn evenly; what goes to several
+                ranks of a node crosses the network once and is copied there (DeepEP; 1: nothing is shared).
+        """
         if self.ranks == 1 or size <= 0:
             return 0.0
         gpu, near = self.cluster.gpu, self.neighbours
-        inside = size * (near - 1) / self.ranks / gpu.node.bandwidth
-        away = size * (self.ranks - near) / self.ranks / gpu.network.bandwidth
+        nodes = self.ranks / near
+        shared = copies > 1 and nodes > 1
+        inside = size * (near - 1) / (near if shared else self.ranks) / gpu.node.bandwidth
+        once = nodes * (1.0 - (1.0 - 1.0 / nodes) ** copies) / copies  # nodes that a token reaches, per copy
+        away = once * size * (self.ranks - near) / self.ranks / gpu.network.bandwidth
         return self.latency_s + max(inside, away)
 
     def send(self, size: float) -> float:

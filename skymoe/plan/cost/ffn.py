@@ -129,6 +129,7 @@ def dispatch_s(frame: Frame, ffn: FfnShape) -> float:
     if division.dispatch is DispatchMode.GATHERED:
         return 2.0 * Group(cluster, group_size).all_gather(group_size * own)
     routed = own * ffn.top_k * (frame.work.capacity or 1.0)
-    there = Group(cluster, division.ep, division.expert_stride).all_to_all(routed)
+    copies = ffn.top_k if division.node_dispatch else 1
+    there = Group(cluster, division.ep, division.expert_stride).all_to_all(routed, copies=copies)
     cut = Group(cluster, division.etp, 1)
     return 2.0 * there + 2.0 * cut.all_gather(division.etp * routed)
