@@ -7,12 +7,10 @@ from typing import Final
 
 from skymoe.base.html import Html, join
 from skymoe.plan.draw.frame import box, drawing, legend, number, path, runs, text
-from skymoe.plan.draw.panel import Bars
+from skymoe.plan.draw.panel import PARTS, Bars
 from skymoe.plan.draw.words import GB, NARROW, gigabytes, name, percent, ticks
-from skymoe.plan.memory.sizes import RankMemory
 
 MAX_BARS: Final = 64
-PARTS: Final = ("weights", "gradients", "optimizer", "activations", "transient", "reserve")
 _WIDTH: Final = 1120.0
 _HEIGHT: Final = 190.0
 _LEFT: Final = 58.0
@@ -30,10 +28,10 @@ def memory_svg(
         standalone: as a file of its own; False for a page that has the style sheet.
     """
     shown = [group for group in groups if group.ranks]
-    top = max([rank.total for group in shown for rank in group.ranks] + ([capacity] if capacity else []), default=GB)
+    top = max([GB, capacity or 0.0, *(size for group in shown for size in (*group.totals, *group.capacities))])
     top *= 1.08
     children = [text(name(title), 16, 28, "title")]
-    children.append(legend(((part, part) for part in PARTS if any(size(shown, part))), 16, 52))
+    children.append(legend(((_kind(part), part) for part in PARTS if _occurs(shown, part)), 16, 52))
     base = 86 + _HEIGHT
     children += _scale(top, base)
     bars = sum(min(len(group.ranks), MAX_BARS) for group in shown)
@@ -53,17 +51,13 @@ def memory_svg(
     )  # fmt: skip
 
 
-def size(groups: Sequence[Bars], part: str) -> list[float]:
-    """Bytes of one part, of all ranks."""
-    return [parts(rank)[part] for group in groups for rank in group.ranks]
+def _kind(part: str) -> str:
+    """Its colour."""
+    return "activations" if part == "keys and values" else part
 
 
-def parts(rank: RankMemory) -> dict[str, float]:
-    """By name, from the bottom of a bar to its top."""
-    return {
-        "weights": rank.weights, "gradients": rank.gradients, "optimizer": rank.optimizer,
-        "activations": rank.activations, "transient": rank.transient, "reserve": rank.reserve,
-    }  # fmt: skip
+def _occurs(groups: Sequence[Bars], part: str) -> bool:
+    return any(rank.get(part) for group in groups for rank in group.ranks)
 
 
 def _scale(top: float, base: float) -> list[Html]:
@@ -86,15 +80,18 @@ def _group(
     for index, rank in enumerate(shown):
         at = x + index * slot
         y = base
-        for part, amount in parts(rank).items():
+        for part, amount in rank.items():
             height = max(0.0, amount) / top * _HEIGHT
             y -= height
             if height > 0:
-                children.append(box(part, at, y, slot * 0.78, height))
-        over = capacity is not None and rank.total > capacity * (1 + 1e-9)
+                children.append(box(_kind(part), at, y, slot * 0.78, height))
+        over = group.is_over(index, capacity)
+        if group.capacities:
+            y_cap = base - group.capacities[index] / top * _HEIGHT
+            children.append(path("cap", f"M{number(at - 2)} {number(y_cap)}h{number(slot * 0.78 + 4)}"))
         if slot >= 22:
             kind = "alarm small mid halo" if over else "small mid halo"
-            children.append(text(gigabytes(rank.total), at + slot * 0.39, y - 4, kind))
+            children.append(text(gigabytes(group.totals[index]), at + slot * 0.39, y - 4, kind))
         if index % every == 0:
             children.append(text(name(labels[index], 12), at + slot * 0.39, base + 15, "soft small mid"))
     note = _note(group, capacity)
@@ -103,7 +100,7 @@ def _group(
 
 
 def _note(group: Bars, capacity: float | None) -> str:
-    most = max(rank.total for rank in group.ranks)
+    most = max(group.totals)
     more = f", the first {MAX_BARS} of {len(group.ranks)} ranks" if len(group.ranks) > MAX_BARS else ""
     if not capacity:
         return f"at most {gigabytes(most)}{NARROW}GB{more}"
@@ -113,5 +110,5 @@ def _note(group: Bars, capacity: float | None) -> str:
 
 
 def _describe(group: Bars, capacity: float | None) -> str:
-    totals = ", ".join(gigabytes(rank.total) for rank in group.ranks[:MAX_BARS])
+    totals = ", ".join(gigabytes(total) for total in group.totals[:MAX_BARS])
     return f"{name(group.title)}: {totals}; {_note(group, capacity)}."

@@ -1,8 +1,8 @@
 """The frame of every drawing: one `svg` element with its title and its description in words, and small marks.
 
-Drawings are written by `skymoe.base.html.el`, which escapes all text. A drawing on its own carries its style sheet; in a
-page the page has it once. Colours follow the reader's light or dark scheme; on paper they are light. No script, no font
-and no picture is loaded from anywhere.
+Drawings are written by `skymoe.base.html.el`, which escapes all text. A drawing on its own carries its style sheet; in
+a page the page has it once. Colours follow the reader's light or dark scheme; on paper they are light. No script, no
+font and no picture is loaded from anywhere.
 """
 
 from __future__ import annotations

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from skymoe.plan.memory.sizes import RankMemory
 from skymoe.plan.timeline import Timeline
+
+PARTS: Final = ("weights", "gradients", "optimizer", "activations", "keys and values", "transient", "reserve")
+"""What memory is for, in the order of legends."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,13 +45,37 @@ class Bars:
 
     Attributes:
         title: "uniform", "planned".
-        ranks: peak by cause; bytes.
+        ranks: of each the bytes by cause, from the bottom up; the names are those of `PARTS`.
         labels: below the bars; empty for their numbers.
+        capacities: of each rank, where they are not all the same.
     """
 
     title: str
-    ranks: tuple[RankMemory, ...]
+    ranks: tuple[Mapping[str, float], ...]
     labels: tuple[str, ...] = ()
+    capacities: tuple[float, ...] = ()
+
+    @classmethod
+    def of(cls, title: str, ranks: Sequence[RankMemory], labels: Sequence[str] = ()) -> Bars:
+        """Of what the memory model says about the ranks of a pipeline."""
+        return cls(title=title, ranks=tuple(map(_by_cause, ranks)), labels=tuple(labels))
+
+    @property
+    def totals(self) -> tuple[float, ...]:
+        """Of each rank."""
+        return tuple(sum(rank.values()) for rank in self.ranks)
+
+    def is_over(self, index: int, capacity: float | None) -> bool:
+        """Whether a rank needs more than it has."""
+        has = self.capacities[index] if self.capacities else capacity
+        return has is not None and self.totals[index] > has * (1 + 1e-9)
+
+
+def _by_cause(rank: RankMemory) -> dict[str, float]:
+    return {
+        "weights": rank.weights, "gradients": rank.gradients, "optimizer": rank.optimizer,
+        "activations": rank.activations, "transient": rank.transient, "reserve": rank.reserve,
+    }  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

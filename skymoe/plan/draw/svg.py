@@ -89,9 +89,8 @@ def _panel(panel: Panel, window: Window, left: float, top: float) -> tuple[Html,
     y += 20
     gone = left_out(panel, window)
     if gone:
-        words = (
-            f"{time(gone[0], panel.unit)} to {time(gone[1], panel.unit)} is left out: the steady state goes on alike"
-        )
+        middle = f"{time(gone[0], panel.unit)} to {time(gone[1], panel.unit)}"
+        words = f"{middle} is left out: the steady state goes on alike"
         parts.append(text(words, left, y + 12, "soft small"))
         y += 16
     return join(parts), y + 8

@@ -14,7 +14,6 @@ from typing import Final
 from rich.console import Console
 from rich.text import Text
 
-from skymoe.plan.draw.bars import parts
 from skymoe.plan.draw.panel import Bars, Panel
 from skymoe.plan.draw.window import MAX_RANKS, Window, left_out, windows
 from skymoe.plan.draw.words import figures, gigabytes, name, percent, time
@@ -27,7 +26,8 @@ _STYLES: Final = {
 _WORDS: Final = {"F": "forward", "B": "backward", "r": "run again", "W": "gradients of weights", ".": "idle"}
 _MEMORY: Final = {
     "weights": ("w", "white on blue"), "gradients": ("g", "black on cyan"), "optimizer": ("o", "black on white"),
-    "activations": ("a", "black on yellow"), "transient": ("t", "white on red"), "reserve": (".", "dim"),
+    "activations": ("a", "black on yellow"), "keys and values": ("k", "black on yellow"),
+    "transient": ("t", "white on red"), "reserve": (".", "dim"),
 }  # fmt: skip
 
 
@@ -57,10 +57,8 @@ def show_timelines(panels: Sequence[Panel], console: Console | None = None, widt
     views = windows(shown, columns, pass_width=2.0, gap=2.0)
     letters: set[str] = set()
     for panel, own, window in zip(shown, labels, views, strict=True):
-        head = Text(name(panel.title), style="bold").append(
-            f"  {panel.note or figures(panel)}", style="default not bold"
-        )
-        _print(console, head)
+        note = name(panel.note, 160) or figures(panel)
+        _print(console, Text(name(panel.title), style="bold").append(f"  {note}", style="default not bold"))
         by_rank: defaultdict[int, list[Span]] = defaultdict(list)
         for span in panel.timeline.spans:
             by_rank[span.rank].append(span)
@@ -76,9 +74,7 @@ def show_timelines(panels: Sequence[Panel], console: Console | None = None, widt
         if gone:
             words = f"~ {time(gone[0], panel.unit)} to {time(gone[1], panel.unit)} left out"
             _print(console, Text(" " * left + words, style="dim"))
-    _print(
-        console, _legend([(letter, words, _STYLES[letter]) for letter, words in _WORDS.items() if letter in letters])
-    )
+    _print(console, _legend([(letter, _WORDS[letter], _STYLES[letter]) for letter in _WORDS if letter in letters]))
 
 
 def show_memory(
@@ -89,25 +85,26 @@ def show_memory(
     shown = [group for group in groups if group.ranks]
     if not shown:
         return
-    most = max([rank.total for group in shown for rank in group.ranks] + ([capacity] if capacity else []))
+    most = max([capacity or 0.0, *(size for group in shown for size in (*group.totals, *group.capacities))])
     columns = max(20, min(72, (width or console.width) - 24))
     used: set[str] = set()
     for group in shown:
         _print(console, Text(name(group.title), style="bold"))
         labels = group.labels if len(group.labels) == len(group.ranks) else [str(i) for i in range(len(group.ranks))]
-        for label, rank in list(zip(labels, group.ranks, strict=True))[:MAX_RANKS]:
+        for index, (label, rank) in list(enumerate(zip(labels, group.ranks, strict=True)))[:MAX_RANKS]:
             line, done, reached = Text(name(label, 12).rjust(12) + " "), 0.0, 0
-            for part, amount in parts(rank).items():
+            for part, amount in rank.items():
                 done += amount
                 cells = round(done / most * columns) - reached if most else 0
                 reached += cells
                 line.append(_MEMORY[part][0] * cells, style=_MEMORY[part][1])
                 if cells:
                     used.add(part)
-            limit = round(capacity / most * columns) if capacity and most else 0
+            has = group.capacities[index] if group.capacities else capacity
+            limit = round(has / most * columns) if has and most else 0
             line.append((" " * max(0, limit - reached)) + ("|" if limit >= reached and limit else ""))
-            over = capacity is not None and rank.total > capacity * (1 + 1e-9)
-            line.append(f" {gigabytes(rank.total)} GB", style="bold red" if over else "")
+            over = group.is_over(index, capacity)
+            line.append(f" {gigabytes(group.totals[index])} GB", style="bold red" if over else "")
             _print(console, line.append(" too much" if over else ""))
         if len(group.ranks) > MAX_RANKS:
             _print(console, Text(f"{len(group.ranks) - MAX_RANKS} ranks are not shown", style="dim"))
