@@ -5,9 +5,10 @@
 from __future__ import annotations
 
 from skymoe.plan.memory.activation import attention_bytes, element_bytes, ffn_bytes, layer_input, stream_elements
+from skymoe.plan.memory.own import own_sizes
 from skymoe.plan.memory.ranks import rank_memory
 from skymoe.plan.memory.reserve import reserve_bytes
-from skymoe.plan.memory.runtime import MEGATRON, Runtime
+from skymoe.plan.memory.runtime import MEGATRON, SKYMOE, Runtime
 from skymoe.plan.memory.sizes import Size, Sizes
 from skymoe.plan.memory.static import (
     Parameters,
@@ -23,8 +24,15 @@ from skymoe.spec.split import Split
 __all__ = ["rank_memory", "sizes"]
 
 
-def sizes(work: Work, *, runtime: Runtime = MEGATRON) -> Sizes:
-    """Bytes of every part on the fullest rank of a stage, as `runtime` keeps them."""
+def sizes(work: Work, *, runtime: Runtime | None = None) -> Sizes:
+    """Bytes of every part on the fullest rank of a stage, as `runtime` keeps them.
+
+    None means MEGATRON, and on a CPU this package, whose own account is in `own`.
+    """
+    if runtime is None:
+        runtime = SKYMOE if work.cluster.gpu.name.startswith("cpu") else MEGATRON
+    if runtime is SKYMOE:
+        return own_sizes(work)
     layers = {layer: _layer_sizes(work, layer, runtime) for layer in dict.fromkeys(work.shape.layers)}
     return Sizes(
         halves=tuple(half for layer in work.shape.layers for half in layers[layer]),

@@ -18,6 +18,8 @@ While a part runs backward its gradients are alive beside that, at most (t_s bel
 its weight, before it is added to `.grad`. The head forms its gradient in the forward pass: two tables V' D in fp32 and
 the logits of a chunk of tokens, all gone before the next micro-batch. A table's gradient is formed whole.
 
+Of the levels of recomputation the runtime has whole layers only; `selective` and `moe_act` are counted as none.
+
 Left out: what zero-bubble schedules put off (a weight's gradient waits with both its factors), balance losses, gloo's
 buffers. No torch here; tests/plan/test_own_runs.py holds it to what ranks really hold.
 """
@@ -41,7 +43,7 @@ from skymoe.plan.memory.static import (
     static_bytes,
 )  # fmt: skip
 from skymoe.plan.shape import AttentionShape, FfnShape, LayerShape
-from skymoe.plan.work import Work
+from skymoe.plan.work import Recompute, Work
 from skymoe.spec.split import Split
 
 WIDE = 4.0
@@ -65,6 +67,7 @@ def own_sizes(work: Work) -> Sizes:
         embedding=_embedding(work),
         head=_head(work),
         reserve=reserve_bytes(work),
+        boundary=WIDE * _rows(work) * work.shape.hidden_size,
     )
 
 
@@ -75,6 +78,12 @@ def _layer(work: Work, layer: LayerShape) -> tuple[Size, Size]:
         (attention_kept(work, layer.attention), attention_parameters(layer.attention, dim, division.tp)),
         (ffn_kept(work, layer.ffn), ffn_parameters(layer.ffn, dim, division)),
     )
+    if work.recompute is Recompute.FULL:
+        whole = sum(kept.kept for kept, _ in halves) - checkpoint
+        halves = tuple(
+            (Kept(kept=kept, running=whole + half.running), own)
+            for kept, (half, own) in zip((checkpoint, 0.0), halves, strict=True)
+        )
     attention, ffn = (_size(work, own, kept, checkpoint) for kept, own in halves)
     return attention, ffn
 

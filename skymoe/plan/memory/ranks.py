@@ -90,7 +90,7 @@ def _stage(sizes: Sizes, stages: Split, stage: int, again: int) -> _Stage:
     if stage == 0:
         ends.append(sizes.embedding)
         transient, kept = max(transient, sizes.embedding.transient - kept), kept + sizes.embedding.activation
-    return _Stage((*parts, *ends), kept, transient)
+    return _Stage((*parts, *ends), kept + (0.0 if is_last else sizes.boundary), transient)
 
 
 def _rank(sizes: Sizes, stages: Sequence[_Stage], moments: Sequence[tuple[int, ...]]) -> RankMemory:

@@ -38,12 +38,14 @@ class Sizes:
         halves: 2 L, attention and feed-forward of each layer in turn. Equal layers share one object.
         embedding, head: ends of the model; the head's transient is logits and their gradient.
         reserve: context, communication buffers, workspace, fragmentation.
+        boundary: what a stage gives to the next one, where the runtime keeps it until the backward.
     """
 
     halves: tuple[Size, ...]
     embedding: Size
     head: Size
     reserve: float
+    boundary: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
