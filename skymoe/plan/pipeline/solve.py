@@ -6,6 +6,7 @@ from skymoe.plan.pipeline.check import check
 from skymoe.plan.pipeline.evaluate import evaluate, fits, uniform
 from skymoe.plan.pipeline.exact import solve_exactly
 from skymoe.plan.pipeline.problem import Answer, Problem
+from skymoe.plan.pipeline.propose import propose
 from skymoe.plan.pipeline.schedule import is_one_f_one_b
 from skymoe.plan.pipeline.vocabulary import with_vocabulary_parallel
 
@@ -21,4 +22,4 @@ def solve(problem: Problem) -> Answer:
     check(problem)
     if is_one_f_one_b(problem):
         return solve_exactly(problem)
-    return uniform(problem)
+    return propose(problem)
