@@ -74,17 +74,13 @@ def own_sizes(work: Work) -> Sizes:
 def _layer(work: Work, layer: LayerShape) -> tuple[Size, Size]:
     dim, division = work.shape.hidden_size, work.division
     checkpoint = WIDE * _rows(work) * dim
-    halves = (
-        (attention_kept(work, layer.attention), attention_parameters(layer.attention, dim, division.tp)),
-        (ffn_kept(work, layer.ffn), ffn_parameters(layer.ffn, dim, division)),
-    )
+    parameters = attention_parameters(layer.attention, dim, division.tp), ffn_parameters(layer.ffn, dim, division)
+    kept = attention_kept(work, layer.attention), ffn_kept(work, layer.ffn)
     if work.recompute is Recompute.FULL:
-        whole = sum(kept.kept for kept, _ in halves) - checkpoint
-        halves = tuple(
-            (Kept(kept=kept, running=whole + half.running), own)
-            for kept, (half, own) in zip((checkpoint, 0.0), halves, strict=True)
-        )
-    attention, ffn = (_size(work, own, kept, checkpoint) for kept, own in halves)
+        whole = sum(half.kept for half in kept) - checkpoint
+        running = whole + max(half.running for half in kept)
+        kept = Kept(kept=checkpoint, running=running), Kept(kept=0.0, running=running)
+    attention, ffn = (_size(work, own, half, checkpoint) for own, half in zip(parameters, kept, strict=True))
     return attention, ffn
 
 
