@@ -9,9 +9,9 @@
 
 `split` is that of layer 0. `rotate` names sets of ranks among which the remainder goes round: in layer l the r ranks of
 a set of n that have one unit more than the others are numbers (l r + i) mod n, i < r, of the set. Every rank then has,
-over all layers, as many units as its neighbours up to one. Units are key/value groups with their query heads, and blocks
-of `block` columns (or whole experts, where `experts` does not name all of them on every rank). Vocabulary rows do not
-rotate. Where there are more ranks than key/value heads, `kv_heads` are replicas and heads do not rotate.
+over all layers, as many units as its neighbours up to one. Units are key/value groups with their query heads, and
+blocks of `block` columns (or whole experts, where `experts` does not name all of them on every rank). Vocabulary rows
+do not rotate. Where there are more ranks than key/value heads, `kv_heads` are replicas and heads do not rotate.
 
 `expected` decides nothing. Files are read strictly. No torch here.
 """
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Literal, Self
+from typing import Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
@@ -31,7 +31,8 @@ from skymoe.base.problems import explain
 from skymoe.base.strict_json import read_json_object
 from skymoe.spec.split import Split
 
-FORMAT, VERSION = "skymoe-serving-plan", 1
+FORMAT: Final = "skymoe-serving-plan"
+VERSION: Final = 1
 _MAX_RANKS = 1024
 _MAX_BYTES = 4 << 20
 
@@ -79,8 +80,8 @@ class PlannedSplit(_Section):
 class ServingPlan(_Section):
     """What a serving plan says; the module's docstring explains it."""
 
-    format: Literal["skymoe-serving-plan"] = FORMAT
-    version: Literal[1] = VERSION
+    format: Literal["skymoe-serving-plan"] = "skymoe-serving-plan"
+    version: Literal[1] = 1
     model: PlannedModel
     weights: Literal["fp32", "bf16", "fp8", "int8", "int4", "nvfp4"]
     kv: Literal["fp32", "bf16", "fp8"]

@@ -15,12 +15,23 @@ from skymoe.base.errors import ConfigError, printable
 _FILE = Path(__file__).with_name("engines.yaml")
 
 
+class Kernels(Config):
+    """Factors on `memory` (and `kv_memory`), `gemm` and `layer_us` of an engine on one type of GPU."""
+
+    memory: float = Field(default=1.0, gt=0, le=1.2)
+    gemm: float = Field(default=1.0, gt=0, le=2)
+    layer: float = Field(default=1.0, gt=0, le=10)
+
+
 class Engine(Config):
     """An inference engine; the file explains the fields."""
 
     memory: float = Field(gt=0, le=1.2)
     kv_memory: float = Field(gt=0, le=1.2)
     gemm: float = Field(gt=0, le=1.5)
+    narrow_memory: float = Field(default=1.0, gt=0, le=1.2)
+    narrow_gemm: float = Field(default=1.0, gt=0, le=1.5)
+    """further factors on `memory` and `gemm` where weights are stored in less than 16 bits and widened"""
     step_us: float = Field(ge=0)
     sequence_us: float = Field(ge=0)
     layer_us: float = Field(ge=0)
@@ -33,11 +44,22 @@ class Engine(Config):
     reserve: float = Field(ge=0, lt=1)
     weight_only: bool = False
     """narrow weights are widened and multiplied in 16 bits"""
+    stage_sequence_us: float = Field(default=0.0, ge=0)
+    """of every sequence in a step, when layers are divided over stages: its state travels"""
+    on: dict[str, Kernels] = {}
+    """types of GPU on which the kernels are known to reach less"""
     origin: str = Field(min_length=1)
+
+    def kernels(self, gpu: str) -> Kernels:
+        """On the GPU of the catalogue called `gpu`."""
+        return self.on.get(gpu, _USUAL)
 
     def reserved(self, memory: float) -> float:
         """Bytes of a GPU with `memory` bytes that are for neither weights nor keys and values."""
         return self.reserve_gb * 1e9 + self.reserve * memory
+
+
+_USUAL = Kernels()
 
 
 class _File(Config):

@@ -8,9 +8,10 @@ from typing import Protocol
 
 from skymoe.base.errors import ConfigError
 from skymoe.plan.hardware.gpu import Gpu, Precision
-from skymoe.plan.serve.divide import Wish, choose
+from skymoe.plan.serve.divide import choose
 from skymoe.plan.serve.engine import Engine
 from skymoe.plan.serve.model import Served
+from skymoe.plan.serve.pieces import Wish
 from skymoe.plan.serve.shares import Shares, kv_token_bytes, weight_bytes
 
 KV_BLOCK = 16

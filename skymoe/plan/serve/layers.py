@@ -53,8 +53,24 @@ def balanced(
         tokens = (few + many) // 2
         fits = _packed(costs, gpus, rooms, high, tokens, load_tokens) is not None
         few, many = (tokens, many) if fits else (few, tokens)
-    layers = _packed(costs, gpus, rooms, high, few, load_tokens)
-    return None if layers is None else Stages(layers, few // KV_BLOCK * KV_BLOCK)
+    return Stages(_evened(costs, gpus, rooms, high, few, load_tokens), few // KV_BLOCK * KV_BLOCK)
+
+
+def _evened(
+    costs: _Costs, gpus: Sequence[Gpu], rooms: Sequence[float], seconds: float, kv_tokens: float, load_tokens: float
+) -> tuple[int, ...]:
+    """Within time and memory, each GPU only its fair part of the layers that are left, if the others can take the rest."""
+    done: list[int] = []
+    for left in range(len(gpus), 0, -1):
+        at = sum(done)
+        fair = -(-(len(costs.layers) - at) // left)
+        most = _packed(costs, gpus, rooms, seconds, kv_tokens, load_tokens, done=done)
+        assert most is not None
+        for count in range(min(fair, most[len(done)]), most[len(done)] + 1):
+            if _packed(costs, gpus, rooms, seconds, kv_tokens, load_tokens, done=[*done, count]) is not None:
+                break
+        done.append(count)
+    return tuple(done)
 
 
 def _costs(served: Served) -> _Costs:
@@ -66,21 +82,21 @@ def _costs(served: Served) -> _Costs:
 
 
 def _packed(
-    costs: _Costs, gpus: Sequence[Gpu], rooms: Sequence[float], seconds: float, kv_tokens: float, load_tokens: float
-) -> tuple[int, ...] | None:
-    """Layers per GPU when each takes as many as it can in order; None when some are left."""
-    layers, at, num = [], 0, len(costs.layers)
-    for g, (gpu, room) in enumerate(zip(gpus, rooms, strict=True)):
-        speed = gpu.bandwidth * gpu.laws.memory
+    costs: _Costs, gpus: Sequence[Gpu], rooms: Sequence[float], seconds: float, kv_tokens: float, load_tokens: float,
+    done: Sequence[int] = (),
+) -> tuple[int, ...] | None:  # fmt: skip
+    """Layers per GPU when each, after those of `done`, takes as many as it can in order; None when some are left."""
+    layers, at, num = list(done), sum(done), len(costs.layers)
+    for g in range(len(done), len(gpus)):
+        speed = gpus[g].bandwidth * gpus[g].laws.memory
         last = g == len(gpus) - 1
         held = (costs.first if g == 0 else 0.0) + (costs.last if last else 0.0)
         read = costs.last if last else 0.0
-        start = at
-        most = num - (len(gpus) - 1 - g)  # a layer for each that follows
+        start, most = at, num - (len(gpus) - 1 - g)  # a layer for each that follows
         while at < most:
             held += costs.layers[at] + kv_tokens * costs.token
             read += costs.layers[at] + load_tokens * costs.token
-            if held > room or read > seconds * speed:
+            if held > rooms[g] or read > seconds * speed:
                 break
             at += 1
         layers.append(at - start)

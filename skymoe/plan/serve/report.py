@@ -101,16 +101,16 @@ class Rival:
     """
 
     model: str
-    fits: bool
-    why: str
     active_parameters: float
     active_ratio: float
-    best_batch: int | None
-    mixed_tokens_per_s: float | None
-    same_batch: int | None
-    same_batch_tokens_per_s: float | None
-    times_cheaper: float | None
-    times_cheaper_same_batch: float | None
+    fits: bool = False
+    why: str = ""
+    best_batch: int | None = None
+    mixed_tokens_per_s: float | None = None
+    same_batch: int | None = None
+    same_batch_tokens_per_s: float | None = None
+    times_cheaper: float | None = None
+    times_cheaper_same_batch: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

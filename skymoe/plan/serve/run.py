@@ -2,55 +2,23 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
-from skymoe.base.errors import ConfigError, SkymoeError, printable
-from skymoe.plan.hardware.catalogue import parse_gpus
-from skymoe.plan.hardware.gpu import Gpu, Precision
+from skymoe.base.errors import SkymoeError
+from skymoe.plan.serve.asked import Asked, read_asked
 from skymoe.plan.serve.config import Objective, PlanServeConfig
-from skymoe.plan.serve.divide import Wish, whole_model
-from skymoe.plan.serve.engine import Engine, find_engine
-from skymoe.plan.serve.fit import Fitted, counted, fit, refuse, reserves
+from skymoe.plan.serve.divide import whole_model
+from skymoe.plan.serve.fit import Fitted, counted, fit, refuse
 from skymoe.plan.serve.layers import balanced, stage_layers
-from skymoe.plan.serve.model import Served, active_elements
+from skymoe.plan.serve.model import active_elements
 from skymoe.plan.serve.planned import serving_plan, splits
 from skymoe.plan.serve.report import SCHEMA, Cost, GpuMemory, PipelineChoice, Rival, ServeReport
 from skymoe.plan.serve.step import Setting, settings
 from skymoe.plan.serve.sweep import best, limits, saturation, sweep
-from skymoe.plan.serve.workload import Workload, period_s
-from skymoe.plan.shape import shape_of
-from skymoe.plan.train.model import read_model
+from skymoe.plan.serve.workload import period_s
 from skymoe.spec.serving_plan import write_serving_plan
 
-_CONTEXT = 4096
-_STORED: Mapping[str, tuple[float, Precision]] = {
-    "fp32": (4.0, Precision.FP32),
-    "bf16": (2.0, Precision.BF16),
-    "fp8": (1.0, Precision.FP8),  # a 4-byte scale per 128 x 128 block: 0.02 %, left out
-    "int8": (1.0, Precision.INT8),
-    "int4": (0.5625, Precision.INT4),  # a 16-bit scale per 32 elements
-    "nvfp4": (0.5625, Precision.NVFP4),  # a scale byte per 16 elements
-}
-_KV = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0}
 _TRIES = 6
-
-
-@dataclass(frozen=True, kw_only=True)
-class Asked:
-    """A question in full: `config` resolved."""
-
-    config: PlanServeConfig
-    served: Served
-    gpus: tuple[Gpu, ...]
-    engine: Engine
-    context: int
-    workload: Workload
-    max_batch: int
-    reserve: tuple[float, ...]
-    wish: Wish
 
 
 def run(config: PlanServeConfig) -> ServeReport:
@@ -60,7 +28,7 @@ def run(config: PlanServeConfig) -> ServeReport:
         ConfigError: unknown GPU or preset, a split that cannot be, or nothing fits; the hint says what would do.
         FormatError: no readable model directory.
     """
-    asked = _asked(config)
+    asked = read_asked(config)
     fitted = _fitted(asked)
     (setting,) = settings(asked.served, asked.gpus, fitted.shares, asked.engine)
     points = sweep(setting, asked.workload, fitted.kv_tokens, config.batch)
@@ -82,61 +50,7 @@ def run(config: PlanServeConfig) -> ServeReport:
     )  # fmt: skip
     if config.save is not None:
         write_serving_plan(plan, config.save)
-    return report if config.compare is None else replace(report, rival=_rival(asked, setting, report))
-
-
-def _asked(config: PlanServeConfig) -> Asked:
-    gpus, engine = parse_gpus(config.gpus), find_engine(config.engine)
-    spec = read_model(config.model)
-    weight_bytes, compute = _STORED[config.weights]
-    served = Served(
-        shape=shape_of(spec, Path(config.model).name), weight_bytes=weight_bytes, compute=compute,
-        kv_bytes=_KV[config.kv], head_bytes=4.0 if config.weights == "fp32" else 2.0,
-    )  # fmt: skip
-    context = config.context or min(_CONTEXT, spec.max_position)
-    if context > spec.max_position:
-        raise ConfigError(
-            f"a context of {context} is more than the {spec.max_position} of {printable(config.model)}",
-            hint=f"--context {spec.max_position}",
-        )
-    if min(config.batch) < 1 or max(config.batch) > 1 << 20:
-        raise ConfigError(f"--batch must be from 1 to {1 << 20}, got {', '.join(map(str, config.batch[:20]))}")
-    max_batch = min(max(config.batch), engine.max_batch)
-    return Asked(
-        config=config, served=served, gpus=gpus, engine=engine, context=context,
-        workload=Workload(prompt=config.prompt, output=config.output), max_batch=max_batch,
-        reserve=reserves(served, gpus, engine, max_batch=max_batch, given=config.reserve),
-        wish=Wish(
-            kv_tokens=context, load_tokens=context, rotate=config.rotate, whole=config.experts == "whole",
-            fixed=_fixed(config, len(gpus)),
-        ),
-    )  # fmt: skip
-
-
-def _fixed(config: PlanServeConfig, num_gpus: int) -> dict[str, tuple[float, ...]]:
-    """`heads=5,5,4` by name."""
-    found: dict[str, tuple[float, ...]] = {}
-    for text in config.split:
-        name, equals, values = text.partition("=")
-        if not equals or name not in ("heads", "ffn", "experts", "vocabulary", "weights") or name in found:
-            raise ConfigError(
-                f"cannot read --split {printable(text, 80)!r}",
-                hint="heads=5,5,4 or ffn=, experts=, vocabulary=, each once; or weights=3,1",
-            )
-        try:
-            sizes = tuple(float(value) for value in values.split(","))
-        except ValueError:
-            sizes = ()
-        if len(sizes) != num_gpus or any(not 0 <= size < 1e12 or math.isnan(size) for size in sizes):
-            raise ConfigError(
-                f"--split {name} needs {num_gpus} numbers, one per GPU, none negative; got {printable(values, 80)}"
-            )
-        found[name] = sizes
-    if "experts" in found and config.experts == "cut":
-        raise ConfigError("--split experts divides whole experts", hint="add --experts whole, or use --split ffn=")
-    if "ffn" in found and config.experts == "whole":
-        raise ConfigError("--split ffn divides the columns of every expert", hint="--experts cut, or --split experts=")
-    return found
+    return report if config.compare is None else replace(report, rival=_rival(asked, report))
 
 
 def _fitted(asked: Asked) -> Fitted:
@@ -197,6 +111,7 @@ def _pipeline(asked: Asked) -> PipelineChoice | None:
             Setting(
                 served=asked.served, gpus=(gpu,), shares=alone, engine=asked.engine, layers=kinds,
                 head=g == len(asked.gpus) - 1,
+                is_stage=True,
             )
         )  # fmt: skip
     rates = {
@@ -217,32 +132,29 @@ def _cost(config: PlanServeConfig, asked: Asked, tokens_per_s: float) -> Cost:
     return Cost(gpu_hours=hours, money=None if config.price is None else config.price * hours)
 
 
-def _rival(asked: Asked, mine: Setting, report: ServeReport) -> Rival:
+def _rival(asked: Asked, report: ServeReport) -> Rival:
     """Another model on the same GPUs, in the same formats, for the same workload."""
     config = asked.config
     assert config.compare is not None
     other = config.replace(model=config.compare, compare=None, save=None, context=None, split=())
-    served = _asked(other).served
+    served = read_asked(other).served
     active, own = active_elements(served), active_elements(asked.served)
-    names = {"model": served.shape.name, "active_parameters": active, "active_ratio": active / own}
+    rival = Rival(model=served.shape.name, active_parameters=active, active_ratio=active / own)
     try:
         theirs = run(other)
     except SkymoeError as error:
-        return Rival(
-            **names, fits=False, why=error.what, best_batch=None, mixed_tokens_per_s=None, same_batch=None,
-            same_batch_tokens_per_s=None, times_cheaper=None, times_cheaper_same_batch=None,
-        )  # type: ignore[arg-type]  # fmt: skip
+        return replace(rival, why=error.what)
     rates = [{p.batch: p for p in found.sweep if p.fits} for found in (report, theirs)]
     ours = rates[0][report.best_batch] if report.best_batch else None
     top = rates[1][theirs.best_batch] if theirs.best_batch else None
     same = rates[1].get(report.best_batch) if report.best_batch else None
-    return Rival(
-        **names, fits=True, why="", best_batch=theirs.best_batch,
+    return replace(
+        rival, fits=True, best_batch=theirs.best_batch,
         mixed_tokens_per_s=top.mixed_tokens_per_s if top else None, same_batch=same.batch if same else None,
         same_batch_tokens_per_s=same.tokens_per_s if same else None,
         times_cheaper=ours.mixed_tokens_per_s / top.mixed_tokens_per_s if ours and top else None,
         times_cheaper_same_batch=ours.tokens_per_s / same.tokens_per_s if ours and same else None,
-    )  # type: ignore[arg-type]  # fmt: skip
+    )  # fmt: skip
 
 
 def _notes(asked: Asked, fitted: Fitted) -> tuple[str, ...]:

@@ -60,6 +60,7 @@ class Setting:
         served, gpus, shares, engine: model, tensor-parallel GPUs, their shares, what the engine costs.
         layers: of each kind that these GPUs have; all unless they are one stage of a pipeline.
         head: whether they have the head.
+        is_stage: whether they are one stage of several.
     """
 
     served: Served
@@ -68,6 +69,7 @@ class Setting:
     engine: Engine
     layers: tuple[tuple[LayerShape, float], ...]
     head: bool = True
+    is_stage: bool = False
 
     @property
     def link(self) -> Link:
@@ -96,8 +98,10 @@ def step_s(setting: Setting, load: Load) -> dict[str, float]:
         parts["reduce"] += count * 2 * _reduce(setting, load)
     engine = setting.engine
     num_layers = sum(count for _, count in setting.layers)
-    parts["engine"] = engine.step_us * 1e-6 + num_layers * engine.layer_us * 1e-6
-    parts["engine"] += (load.decode + load.done) * engine.sequence_us * 1e-6
+    gaps = num_layers * engine.layer_us * max(engine.kernels(gpu.name).layer for gpu in setting.gpus)
+    parts["engine"] = (engine.step_us + gaps) * 1e-6
+    each = engine.sequence_us + (engine.stage_sequence_us if setting.is_stage else 0.0)
+    parts["engine"] += (load.decode + load.done) * each * 1e-6
     if setting.head:
         parts["head"] = _head(setting, load)
     return parts
@@ -110,8 +114,12 @@ def total_s(setting: Setting, load: Load) -> float:
 
 def _gemm(setting: Setting, gpu: Gpu, flops: float, num_bytes: float) -> float:
     """The GEMM law, launch aside (`layer_us`): both sides in quadrature."""
-    reached = gpu.reached(setting.compute) * setting.engine.gemm
-    return math.hypot(flops / reached, num_bytes / (gpu.bandwidth * gpu.laws.memory * setting.engine.memory))
+    engine, kernels = setting.engine, setting.engine.kernels(gpu.name)
+    reached = gpu.reached(setting.compute) * engine.gemm * kernels.gemm
+    stream = gpu.bandwidth * gpu.laws.memory * engine.memory * kernels.memory
+    if engine.weight_only and setting.served.weight_bytes < 2:
+        reached, stream = reached * engine.narrow_gemm, stream * engine.narrow_memory
+    return math.hypot(flops / reached, num_bytes / stream)
 
 
 def _attention(setting: Setting, layer: LayerShape, load: Load) -> tuple[float, float]:
@@ -126,7 +134,8 @@ def _attention(setting: Setting, layer: LayerShape, load: Load) -> tuple[float, 
         elements += served.common_elements
         projections = max(projections, _gemm(setting, gpu, 2 * load.tokens * elements, elements * served.weight_bytes))
         token = shares.kv_heads[g] * served.kv_head_bytes + served.common_kv_bytes
-        read = load.decode * context * token / (gpu.bandwidth * gpu.laws.memory * engine.kv_memory)
+        stream = gpu.bandwidth * gpu.laws.memory * engine.kv_memory * engine.kernels(gpu.name).memory
+        read = load.decode * context * token / stream
         width = a.kv_rank * 2 if a.kv_rank else a.head_dim + a.value_dim
         core = gpu.flops(Precision.BF16) * gpu.laws.attention
         decode = 2 * load.decode * context * shares.heads[g] * width / core  # matters for latent and wide groups only
@@ -137,7 +146,8 @@ def _attention(setting: Setting, layer: LayerShape, load: Load) -> tuple[float, 
 
 def touched(num_experts: int, top_k: int, tokens: float) -> float:
     """Experts that at least one of `tokens` chooses, on average: E (1 - (1 - k/E)^B)."""
-    return num_experts * (1.0 - (1.0 - top_k / num_experts) ** max(tokens, 1.0))
+    missed: float = (1.0 - top_k / num_experts) ** max(tokens, 1.0)
+    return num_experts * (1.0 - missed)
 
 
 def _ffn(setting: Setting, ffn: FfnShape, load: Load) -> float:
@@ -162,7 +172,7 @@ def _ffn(setting: Setting, ffn: FfnShape, load: Load) -> float:
 
 
 def _expert_load(ffn: FfnShape, shares: Shares, gpu: int, tokens: float) -> tuple[float, float]:
-    """Experts that are read on a GPU and choices that it computes: the mean, or near the worst when experts are whole."""
+    """Experts that are read on a GPU and choices that it computes: the mean; near the worst of whole ones."""
     share = touched(ffn.num_experts, ffn.top_k, tokens) / ffn.num_experts
     held, choices = shares.experts[gpu], tokens * ffn.top_k
     if held == ffn.num_experts:
@@ -211,6 +221,14 @@ def settings(
     """One setting, or `parts` equal stages of a pipeline over equal groups of GPUs; the last one has the head."""
     kinds = tuple((layer, count / parts) for layer, count in served.kinds)
     return tuple(
-        Setting(served=served, gpus=tuple(gpus), shares=shares, engine=engine, layers=kinds, head=stage == parts - 1)
+        Setting(
+            served=served,
+            gpus=tuple(gpus),
+            shares=shares,
+            engine=engine,
+            layers=kinds,
+            head=stage == parts - 1,
+            is_stage=parts > 1,
+        )
         for stage in range(parts)
     )

@@ -24,8 +24,8 @@ def show(report: ServeReport, console: Console) -> None:
     console.print(Text(_rotation(report)))
     console.print()
     console.print(_gpus(report))
-    room = f"{report.kv_tokens:,} tokens of keys and values have room: {report.max_sequences} sequences of {report.context}"
-    console.print(Text(room + _both_ways(report)))
+    room = f"{report.kv_tokens:,} tokens of keys and values have room: "
+    console.print(Text(f"{room}{report.max_sequences} sequences of {report.context}{_both_ways(report)}"))
     console.print()
     console.print(_sweep(report))
     for line in report.limits:
@@ -105,10 +105,10 @@ def _rival(rival: Rival) -> str:
     words = f"{name} on the same GPUs: {rival.active_ratio:.1f} times the active parameters"
     if rival.times_cheaper is not None:
         words += f"; {rival.mixed_tokens_per_s:,.0f} tok/s with prompts at batch {rival.best_batch}"
-        words += f", {rival.times_cheaper:.2f} times as dear a token"
+        words += f", a token costs {rival.times_cheaper:.2f} times as much"
     if rival.times_cheaper_same_batch is not None:
         words += f"; decoding at batch {rival.same_batch}: {rival.same_batch_tokens_per_s:,.0f} tok/s"
-        words += f", {rival.times_cheaper_same_batch:.2f} times as dear"
+        words += f", {rival.times_cheaper_same_batch:.2f} times as much"
     return words + " (predicted)"
 
 

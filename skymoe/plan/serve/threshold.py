@@ -13,8 +13,8 @@ so many blocks": H x GPUs array operations. Among the fastest divisions the most
 taken.
 
 GPUs of one kind may form one `Bin` whose remainder goes round by layer: a GPU's memory then counts the mean of its
-layers, rounded up to a whole unit of one layer, while a layer still waits for ceil(a / n). Left out: GPUs that differ in
-kind do not rotate among each other.
+layers, rounded up to a whole unit of one layer, while a layer still waits for ceil(a / n). Left out: GPUs that differ
+in kind do not rotate among each other.
 """
 
 from __future__ import annotations

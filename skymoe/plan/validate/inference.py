@@ -12,9 +12,10 @@ from typing import Final
 
 from skymoe.base.errors import ConfigError
 from skymoe.plan.hardware.gpu import Gpu, Precision
-from skymoe.plan.serve.divide import Wish, choose
+from skymoe.plan.serve.divide import choose
 from skymoe.plan.serve.engine import Engine, find_engine
 from skymoe.plan.serve.model import Served
+from skymoe.plan.serve.pieces import Wish
 from skymoe.plan.serve.shares import Shares, kv_token_bytes, weight_bytes
 from skymoe.plan.serve.step import Load, Setting, settings, total_s
 from skymoe.plan.serve.workload import Workload, first_token_s, most_sequences, tokens_per_s
@@ -30,6 +31,7 @@ _REQUESTS: Final = {
 }  # fmt: skip
 _OTHER_REQUESTS: Final = 3000
 _GPT_FAST_TOKENS: Final = 200
+_SKYWORK_BATCH, _SKYWORK_TOKENS = 112, 192
 
 # how weights are stored: bytes per element of layers, of embedding and head, and what is multiplied
 _FORMATS: Final = {
@@ -70,7 +72,9 @@ def compare(case: Case) -> list[Comparison]:
         return [_decoded(case)]
     if case.group == "llama_cpp":
         return _sequential(case)
-    raise NotJudgedError("conditions are not published")
+    if case.group == "skywork":
+        return [_published_batch(case)]
+    raise NotJudgedError("batch and lengths are not published")
 
 
 def _served(case: Case, *, narrow_kv: bool) -> Served:
@@ -102,7 +106,7 @@ def kv_room(served: Served, gpu: Gpu, shares: Shares, engine: Engine, stages: in
 def _comparison(case: Case, quantity: str, predicted: float, measured: float, *assumed: str) -> Comparison:
     return Comparison(
         case=case.id, group=case.group, quantity=quantity, unit="tokens/s", predicted=predicted, measured=measured,
-        moe=case.has("model.moe"), assumed=assumed,
+        moe=case.has("model.moe"), assumed=assumed, known=not assumed,
     )  # fmt: skip
 
 
@@ -130,6 +134,17 @@ def _decoded(case: Case) -> Comparison:
     context = case.count("batch.prompt_len", 5) + _GPT_FAST_TOKENS / 2
     step = total_s(stage, Load(decode=1, context=context))
     return _comparison(case, "decode", 1 / step, case.number("measured.decode_tokens_per_s", low=1e-3))
+
+
+def _published_batch(case: Case) -> Comparison:
+    """Skywork-MoE's 2,200 tokens/s: neither batch nor lengths are published, so both are assumed."""
+    engine, served, gpu = find_engine("skymoe"), _served(case, narrow_kv=False), case_gpu(case)
+    gpus = (gpu,) * case.count("parallel.tp", low=1, high=64)
+    (stage,) = settings(served, gpus, _shares(served, gpus), engine)
+    step = total_s(stage, Load(decode=_SKYWORK_BATCH, context=_SKYWORK_TOKENS))
+    measured = case.number("measured.total_tokens_per_s", low=1e-3)
+    assumed = f"batch {_SKYWORK_BATCH}, {_SKYWORK_TOKENS} tokens of context"
+    return _comparison(case, "throughput", _SKYWORK_BATCH / step, measured, assumed)
 
 
 def _sequential(case: Case) -> list[Comparison]:
