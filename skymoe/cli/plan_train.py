@@ -69,8 +69,8 @@ def train(
     report = run(config)
     print_json(report.as_json()) if as_json else show(report, standard_output())
     if config.save or config.html or config.out:
-        from skymoe.plan.draw.page import plan_page
         from skymoe.plan.train.files import write_files
+        from skymoe.plan.train.page import plan_page
 
         for path in write_files(config, report, plan_page):
             logger.info(f"wrote {path}")

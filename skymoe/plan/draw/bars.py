@@ -8,7 +8,7 @@ from typing import Final
 from skymoe.base.html import Html, join
 from skymoe.plan.draw.frame import box, drawing, legend, number, path, runs, text
 from skymoe.plan.draw.panel import PARTS, Bars
-from skymoe.plan.draw.words import GB, NARROW, gigabytes, name, percent, ticks
+from skymoe.plan.draw.words import GB, gigabytes, name, percent, ticks
 
 MAX_BARS: Final = 64
 _WIDTH: Final = 1120.0
@@ -44,7 +44,7 @@ def memory_svg(
     if capacity:
         y = base - capacity / top * _HEIGHT
         children.append(path("cap", f"M{number(_LEFT)} {number(y)}H{number(_WIDTH - 16)}"))
-        children.append(text(f"{gigabytes(capacity)}{NARROW}GB", _WIDTH - 16, y - 5, "alarm small end"))
+        children.append(text(f"{gigabytes(capacity)} GB", _WIDTH - 16, y - 5, "alarm small end"))
     words = f"{name(title)} in GB. " + " ".join(_describe(group, capacity) for group in shown)
     return drawing(
         children, width=_WIDTH, height=base + 46, title=title, description=words, standalone=standalone
@@ -103,10 +103,10 @@ def _note(group: Bars, capacity: float | None) -> str:
     most = max(group.totals)
     more = f", the first {MAX_BARS} of {len(group.ranks)} ranks" if len(group.ranks) > MAX_BARS else ""
     if not capacity:
-        return f"at most {gigabytes(most)}{NARROW}GB{more}"
+        return f"at most {gigabytes(most)} GB{more}"
     if most > capacity * (1 + 1e-9):
-        return f"{gigabytes(most - capacity)}{NARROW}GB too much{more}"
-    return f"at most {gigabytes(most)}{NARROW}GB, {percent(most / capacity)}{more}"
+        return f"{gigabytes(most - capacity)} GB too much{more}"
+    return f"at most {gigabytes(most)} GB, {percent(most / capacity)}{more}"
 
 
 def _describe(group: Bars, capacity: float | None) -> str:

@@ -62,7 +62,7 @@ class Page:
     sections: tuple[Section, ...] = ()
 
 
-def plan_page(page: Page) -> str:
+def html_page(page: Page) -> str:
     """The whole HTML document."""
     style = (resources.files("skymoe.plan.draw") / "assets" / "page.css").read_text(encoding="utf-8") + style_sheet()
     head = el(
@@ -84,9 +84,7 @@ def plan_page(page: Page) -> str:
             el("div", *map(_card, page.cards), class_="cards"),
         ),
         el("main", *(_section(section) for section in page.sections if any(section.body))),
-        el(
-            "footer", el("p", "Made by ", el("code", "skymoe plan"), ". Predicted, not measured. One file, no network.")
-        ),
+        el("footer", el("p", "Made by ", el("code", "skymoe plan"), ": predicted, not measured. No network needed.")),
     )
     return f"<!doctype html>\n{el('html', head, body, lang='en')}\n"
 

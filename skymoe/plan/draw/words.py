@@ -7,7 +7,6 @@ import math
 from skymoe.base.errors import printable
 from skymoe.plan.draw.panel import Panel
 
-NARROW = "\u202f"
 GB = 1e9
 
 
@@ -19,17 +18,17 @@ def name(text: str, limit: int = 80) -> str:
 def time(value: float, unit: str = "s") -> str:
     """12.3 s, 45 ms; in abstract units the number alone."""
     if unit != "s":
-        return f"{value:.4g}{NARROW}{unit}".rstrip(NARROW)
+        return f"{value:.4g} {unit}".rstrip()
     for size, short in ((1.0, "s"), (1e-3, "ms")):
         if abs(value) >= size * 0.9995:
-            return f"{value / size:{'.3g' if abs(value) < 999.5 * size else '.0f'}}{NARROW}{short}"
-    return f"{value * 1e6:.0f}{NARROW}µs" if value else "0"
+            return f"{value / size:{'.3g' if abs(value) < 999.5 * size else '.0f'}} {short}"
+    return f"{value * 1e6:.0f} µs" if value else "0"
 
 
 def percent(share: float) -> str:
     """10 %, 1.5 %, 0.2 %."""
     digits = 0 if share >= 0.0995 or share < 0.0005 else 1
-    return f"{100 * share:.{digits}f}{NARROW}%"
+    return f"{100 * share:.{digits}f} %"
 
 
 def gigabytes(size: float) -> str:

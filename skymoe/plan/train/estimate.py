@@ -44,6 +44,7 @@ class Estimate:
         memory: peak of each pipeline rank.
         stage_forward_s, stage_backward_s: passes of one micro-batch; the backward with weights and with what is run
             again.
+        stage_again_s: the part of the backward that is run again.
         timeline: when each pass runs, one rank per pipeline rank.
     """
 
@@ -58,6 +59,7 @@ class Estimate:
     memory: tuple[RankMemory, ...]
     stage_forward_s: tuple[float, ...]
     stage_backward_s: tuple[float, ...]
+    stage_again_s: tuple[float, ...]
     timeline: Timeline
 
 
@@ -109,6 +111,7 @@ def estimate(
         memory=rank_memory(work, size_list, stages, recompute, schedule=schedule),
         stage_forward_s=times.forward_s,
         stage_backward_s=times.backward_s,
+        stage_again_s=times.again_s,
         timeline=timeline,
     )
 

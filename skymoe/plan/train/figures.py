@@ -53,6 +53,7 @@ def figures(asked: Asked, priced: Priced, answer: Answer, result: Estimate) -> F
         memory=tuple(_memory(rank) for rank in result.memory),
         stage_forward_s=result.stage_forward_s,
         stage_backward_s=result.stage_backward_s,
+        stage_again_s=result.stage_again_s,
         fits=max(totals) <= asked.memory * (1 + 1e-9),
     )
 

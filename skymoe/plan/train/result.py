@@ -44,9 +44,13 @@ class LayoutFacts:
     @property
     def words(self) -> str:
         """On one line."""
-        schedule = self.schedule if self.chunks == 1 or self.schedule == "zbv" else f"{self.schedule} x{self.chunks}"
         ranks = f"pp {self.pp} x dp {self.dp} x tp {self.tp}"
-        return f"{ranks}, {self.expert}/{self.dispatch}, micro-batch {self.micro_batch}, {schedule}"
+        return f"{ranks}, {self.expert}/{self.dispatch}, micro-batch {self.micro_batch}, {self.schedule_words}"
+
+    @property
+    def schedule_words(self) -> str:
+        """With the stages per rank, where they are a choice."""
+        return self.schedule if self.schedule != "interleaved" else f"{self.schedule} x{self.chunks}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +77,7 @@ class Figures:
         memory_gb: per pipeline rank.
         memory: the same by cause.
         stage_forward_s, stage_backward_s: of one micro-batch.
+        stage_again_s: the part of the backward in which layers are run again.
         fits: within the memory that may be used.
     """
 
@@ -88,6 +93,7 @@ class Figures:
     memory: tuple[MemoryGB, ...]
     stage_forward_s: tuple[float, ...]
     stage_backward_s: tuple[float, ...]
+    stage_again_s: tuple[float, ...]
     fits: bool
 
 

@@ -16,11 +16,13 @@ class StageTimes:
     Attributes:
         forward_s, backward_s: of the passes; the backward is whole: with weights, and with what is run again.
         weight_s: the part of the backward that is gradients of weights.
+        again_s: the part of it that is run again.
     """
 
     forward_s: tuple[float, ...]
     backward_s: tuple[float, ...]
     weight_s: tuple[float, ...]
+    again_s: tuple[float, ...] = ()
 
     @property
     def input_s(self) -> tuple[float, ...]:
@@ -43,11 +45,9 @@ def stage_times(prices: Prices, stages: Split, recompute: Sequence[int]) -> Stag
     forward = _sums(prices, stages, lambda price: price.forward_s)
     backward = _sums(prices, stages, lambda price: price.backward_s)
     weight = _sums(prices, stages, lambda price: price.weight_s)
-    backward = [
-        seconds + sum(prices.halves[unit].again_s for unit in units)
-        for seconds, units in zip(backward, again, strict=True)
-    ]
-    return StageTimes(tuple(forward), tuple(backward), tuple(weight))
+    more = tuple(sum(prices.halves[unit].again_s for unit in units) for units in again)
+    backward = [seconds + extra for seconds, extra in zip(backward, more, strict=True)]
+    return StageTimes(tuple(forward), tuple(backward), tuple(weight), more)
 
 
 def _sums(prices: Prices, stages: Split, seconds: Callable[[Price], float]) -> list[float]:
