@@ -75,12 +75,15 @@ def _layer(computed: Sequence[Price], kind: LayerKind) -> tuple[Price, ...]:
     pieces = (kind.attention, kind.feed_forward)
     forward = _ratio(kind.layer.forward_s, sum(piece.forward_s for piece in pieces))
     backward = _ratio(kind.layer.backward_s, sum(piece.backward_s for piece in pieces))
-    return tuple(_measured(price, piece, forward, backward) for price, piece in zip(computed, pieces, strict=True))
+    again = _ratio(kind.layer.again_s, sum(piece.again_s for piece in pieces))
+    return tuple(
+        _measured(price, piece, forward, backward, again) for price, piece in zip(computed, pieces, strict=True)
+    )
 
 
-def _measured(price: Price, piece: Piece, forward: float, backward: float) -> Price:
+def _measured(price: Price, piece: Piece, forward: float, backward: float, again: float = 1.0) -> Price:
     """`piece` in place of `price`; what the base level runs again is added in the same proportion."""
-    again_s = piece.again_s or forward * piece.forward_s
+    again_s = again * piece.again_s or forward * piece.forward_s
     share = 1.0 - price.again_s / price.forward_s if price.forward_s else 0.0
     alone_s = price.backward_s - share * price.forward_s
     forward_s, backward_s = forward * piece.forward_s, backward * piece.backward_s
