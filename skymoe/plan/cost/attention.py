@@ -42,6 +42,7 @@ def attention_bill(frame: Frame, attention: AttentionShape) -> Bill:
     bill.linear(frame.kernels.linear(frame.tokens, heads * attention.value_dim, frame.hidden))
     tensor_parallel(frame, bill, first)
     residual_streams(frame, bill)
+    bill.at_least(frame.work.cluster.gpu.laws.host_s)
     return bill
 
 

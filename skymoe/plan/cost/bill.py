@@ -89,6 +89,14 @@ class Bill:
         self.add("gemm", time.forward, time.backward)
         self.weight_s += time.weights
 
+    def at_least(self, host_s: float) -> None:
+        """A pass takes no less than its host needs to start its kernels; what is missing is entered as "host"."""
+        self.add(
+            "host",
+            max(0.0, host_s - sum(self.forward.values())),
+            max(0.0, host_s - sum(self.backward.values())),
+        )
+
     def price(self, recompute: Recompute) -> Price:
         """The price, with what the base level runs again in the backward pass."""
         again = self.forward if recompute is Recompute.FULL else self.again

@@ -28,21 +28,24 @@ from skymoe.plan.shape import FfnShape
 from skymoe.plan.work import Recompute
 from skymoe.spec.layout import DispatchMode
 
+HOST_MOE = 8.0  # times the host time of a dense half: kernels to start, and counts that the host waits for
 _ROUTER_KERNELS = 10
 
 
 def ffn_bill(frame: Frame, ffn: FfnShape) -> Bill:
     """The feed-forward half."""
-    bill = Bill()
+    bill, host_s = Bill(), frame.work.cluster.gpu.laws.host_s
     residual_streams(frame, bill)
     if not ffn.is_moe:
         tensor_parallel(frame, bill, _dense(frame, bill, ffn, ffn.inner))
+        bill.at_least(host_s)
         return bill
     if ffn.shared_inner:
         tensor_parallel(frame, bill, _dense(frame, bill, ffn, ffn.shared_inner))
     _router(frame, bill, ffn)
     _experts(frame, bill, ffn)
     _dispatch(frame, bill, ffn)
+    bill.at_least(HOST_MOE * host_s)
     return bill
 
 

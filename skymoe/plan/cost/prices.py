@@ -17,8 +17,8 @@ class Price:
         again_s: added to the backward when the part is run again whole (its forward, a little more than `forward_s`
             where that hides communication).
         parts: seconds of forward and backward together by cause: "gemm", "attention", "memory" (norms, activations,
-            softmax), "tp", "cp", "expert" (dispatch and combine), "wait" (imbalance), "weights" (FSDP). They sum to
-            forward_s + backward_s.
+            softmax), "tp", "cp", "expert" (dispatch and combine), "wait" (imbalance), "weights" (FSDP),
+            "host" (waiting for kernels to be started). They sum to forward_s + backward_s.
     """
 
     forward_s: float

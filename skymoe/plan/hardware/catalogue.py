@@ -38,6 +38,7 @@ class _LawsRow(Config):
     launch_us: float = Field(ge=0)
     attention: float = Field(gt=0, le=1)
     step_overhead_ms: float = Field(ge=0)
+    host_us: float = Field(default=0.0, ge=0)
 
 
 class _GpuRow(Config):
@@ -146,6 +147,7 @@ def _gpu(name: str, row: _GpuRow) -> Gpu:
             launch_s=row.laws.launch_us * 1e-6,
             attention=row.laws.attention,
             step_overhead_s=row.laws.step_overhead_ms * 1e-3,
+            host_s=row.laws.host_us * 1e-6,
         ),
         source=row.source,
         origin=row.origin,

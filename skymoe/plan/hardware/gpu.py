@@ -62,6 +62,7 @@ class Laws:
         launch_s: per kernel.
         attention: share of the peak that fused (flash) attention reaches, forward, by FLOPs of the pairs it needs.
         step_overhead_s: of a training step, beside what is modelled.
+        host_s: of the host, to start the kernels of a dense half layer in one pass; a half is never faster.
     """
 
     gemm: float
@@ -70,6 +71,7 @@ class Laws:
     launch_s: float
     attention: float
     step_overhead_s: float = 0.0
+    host_s: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
