@@ -59,7 +59,7 @@ def balanced(
 def _evened(
     costs: _Costs, gpus: Sequence[Gpu], rooms: Sequence[float], seconds: float, kv_tokens: float, load_tokens: float
 ) -> tuple[int, ...]:
-    """Within time and memory, each GPU only its fair part of the layers that are left, if the others can take the rest."""
+    """Within time and memory, each GPU only its fair part of the layers left, if the others can take the rest."""
     done: list[int] = []
     for left in range(len(gpus), 0, -1):
         at = sum(done)

@@ -41,6 +41,11 @@ class Served:
             raise ConfigError(
                 f"{self.shape.name}: layers have different attention heads", why="one division of heads is for all"
             )
+        if self.attention.num_heads % self.attention.num_kv_heads:
+            raise ConfigError(
+                f"{self.shape.name}: {self.attention.num_heads} query heads are no multiple of "
+                f"{self.attention.num_kv_heads} key/value heads"
+            )
 
     @property
     def attention(self) -> AttentionShape:

@@ -138,7 +138,7 @@ def _attention(setting: Setting, layer: LayerShape, load: Load) -> tuple[float, 
         read = load.decode * context * token / stream
         width = a.kv_rank * 2 if a.kv_rank else a.head_dim + a.value_dim
         core = gpu.flops(Precision.BF16) * gpu.laws.attention
-        decode = 2 * load.decode * context * shares.heads[g] * width / core  # matters for latent and wide groups only
+        decode = 2 * load.decode * context * shares.heads[g] * width / core  # matters for latent attention only
         prompt = 2 * load.prefill * pairs * shares.heads[g] * (a.head_dim + a.value_dim) / core
         scores = max(scores, math.hypot(read, decode) + prompt)
     return projections, scores

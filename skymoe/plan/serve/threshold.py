@@ -101,6 +101,9 @@ def minimax(total: int, seconds: Sequence[float], most: Sequence[int] | None = N
 
 def divide(bins: Sequence[Bin], units: Units) -> Division | None:
     """The fastest division that fits, made as even as single moves allow; None when none fits."""
+    apart = _apart(bins, units)
+    if apart is not None:
+        return apart
     attention = _thresholds(units.attention, [(b.count, b.attention_s) for b in bins])
     ffn = _thresholds(units.ffn, [(b.count, b.ffn_s) for b in bins])
     best: tuple[float, float] | None = None
@@ -112,6 +115,20 @@ def divide(bins: Sequence[Bin], units: Units) -> Division | None:
         if first < len(options):
             best = (a, options[first])
     return None if best is None else _placed(bins, units, *best)
+
+
+def _apart(bins: Sequence[Bin], units: Units) -> Division | None:
+    """Both kinds of unit divided as if the other were not there; when that fits, nothing is faster."""
+    owners = [index for index, bin_ in enumerate(bins) for _ in range(bin_.count)]
+    attention, ffn = [0] * len(bins), [0] * len(bins)
+    halves = ((attention, units.attention, [b.attention_s for b in bins]), (ffn, units.ffn, [b.ffn_s for b in bins]))
+    for sizes, total, seconds in halves:
+        dealt = minimax(total, [seconds[index] for index in owners])
+        assert dealt is not None
+        for index, size in zip(owners, dealt, strict=True):
+            sizes[index] += size
+    fits = all(units.used(a, f, b.count) <= b.room for a, f, b in zip(attention, ffn, bins, strict=True))
+    return _division(bins, attention, ffn) if fits else None
 
 
 def _thresholds(total: int, bins: Sequence[tuple[int, float]]) -> list[float]:
@@ -177,6 +194,10 @@ def _placed(bins: Sequence[Bin], units: Units, attention_s: float, ffn_s: float)
         heads, blocks = heads - a, blocks - ffn[index]
     _even(bins, units, attention, ffn, attention_s, is_attention=True)
     _even(bins, units, ffn, attention, ffn_s, is_attention=False)
+    return _division(bins, attention, ffn)
+
+
+def _division(bins: Sequence[Bin], attention: Sequence[int], ffn: Sequence[int]) -> Division:
     slow_a = max(-(-a // b.count) * b.attention_s for a, b in zip(attention, bins, strict=True))
     slow_f = max(-(-f // b.count) * b.ffn_s for f, b in zip(ffn, bins, strict=True))
     return Division(tuple(attention), tuple(ffn), slow_a, slow_f)
