@@ -16,7 +16,7 @@ from skymoe.model.inputs import attention_inputs
 from skymoe.ops.experts import ExpertsBackend
 from skymoe.plan.hardware.catalogue import cluster_of
 from skymoe.plan.hardware.gpu import Precision
-from skymoe.plan.memory.alive import alive_counts, worst_moments
+from skymoe.plan.memory.alive import alive_counts, vocabulary_alive, worst_moments
 from skymoe.plan.memory.model import rank_memory, sizes
 from skymoe.plan.memory.runtime import PLAIN, SKYMOE, runtime_of
 from skymoe.plan.memory.sizes import RankMemory
@@ -257,6 +257,11 @@ def test_alive_zbv() -> None:
     """Zero bubble in a V: every rank has at most 2 P half-stages alive, as 1F1B's first rank (Qi et al. 2024, 6)."""
     counts = alive_counts(ScheduleKind.ZERO_BUBBLE, 4, 8, 16)
     assert [max(sum(moment) for moment in moments) for moments in counts] == [8, 8, 8, 8]
+
+
+def test_alive_with_a_divided_vocabulary() -> None:
+    assert vocabulary_alive(4, 64) == (5, 4, 3, 2) and vocabulary_alive(4, 64, barriers=2) == (6, 5, 4, 3)
+    assert vocabulary_alive(4, 3) == (3, 3, 3, 2)
 
 
 def test_zero_stages() -> None:

@@ -34,6 +34,15 @@ def alive_counts(schedule: ScheduleKind, pp: int, num_stages: int, num_micro: in
     return tuple(worst_moments(tasks) for tasks in interleaved(pp, num_stages // pp, whole))
 
 
+def vocabulary_alive(pp: int, num_micro: int, *, barriers: int = 1) -> tuple[int, ...]:
+    """Micro-batches alive per stage when embedding and head are divided over all stages.
+
+    Every time that the ranks meet over the loss, the backward pass of a micro-batch begins one later: Vocabulary
+    Parallelism's second algorithm meets once, its first twice (Yeung et al. 2025, section 5).
+    """
+    return tuple(min(pp - rank + barriers, num_micro) for rank in range(pp))
+
+
 def worst_moments(tasks: Sequence[Task]) -> tuple[Counts, ...]:
     """The undominated counts of a rank that works through `tasks`."""
     place = {stage: index for index, stage in enumerate(sorted({task.stage for task in tasks}))}
