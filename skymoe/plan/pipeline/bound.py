@@ -18,14 +18,10 @@ from numpy.typing import NDArray
 
 from skymoe.plan.pipeline.problem import Problem
 
-
-
 Times = NDArray[np.float64] | np.float64
 
 
-def stage_bound(
-    problem: Problem, stage: int, forward: Times, backward: Times, rest: Times
-) -> NDArray[np.float64]:
+def stage_bound(problem: Problem, stage: int, forward: Times, backward: Times, rest: Times) -> NDArray[np.float64]:
     """m t_s + idle_s(rest): from the first forward of `stage` to the end of its last backward."""
     below, num_micro = problem.num_ranks - stage, problem.num_micro
     others = min(below, num_micro) - 1

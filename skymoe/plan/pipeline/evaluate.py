@@ -1,5 +1,4 @@
-"""One division, evaluated: what a step takes and what every rank keeps; and the uniform division, which is always shown
-beside the planned one."""
+"""One division, evaluated: what a step takes and what every rank keeps; and the uniform one, always shown beside it."""
 
 from __future__ import annotations
 
@@ -15,9 +14,7 @@ from skymoe.spec.split import Split
 NO_CLAIM = Certificate(optimal=False, lower_bound=0.0, gap=0.0, method="evaluated, not searched", examined=1)
 
 
-def evaluate(
-    problem: Problem, stages: Split, recompute: Sequence[int], certificate: Certificate = NO_CLAIM
-) -> Answer:
+def evaluate(problem: Problem, stages: Split, recompute: Sequence[int], certificate: Certificate = NO_CLAIM) -> Answer:
     """Simulate one division. It need not fit the memory: `fits` says so.
 
     Raises:

@@ -10,14 +10,17 @@ Among divisions that are equally fast the evenest one near the first found is ta
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 from skymoe.plan.pipeline.evaluate import evaluate, fits, uniform
 from skymoe.plan.pipeline.front import fronts
 from skymoe.plan.pipeline.infeasible import nothing_fits
-from skymoe.plan.pipeline.polish import polish
+from skymoe.plan.pipeline.load_bound import load_bound
+from skymoe.plan.pipeline.polish import Path, polish
 from skymoe.plan.pipeline.problem import Answer, Certificate, Problem
-from skymoe.plan.pipeline.reach import reachable
+from skymoe.plan.pipeline.reach import around_even, reachable
 from skymoe.plan.pipeline.relaxed import Relaxed, relax
 from skymoe.plan.pipeline.search import Found, search, simulate_paths
 from skymoe.plan.pipeline.tables import SLACK, Tables
@@ -25,6 +28,8 @@ from skymoe.spec.split import Split
 
 BUDGET = 4000
 """Beginnings of divisions that are opened for the proof."""
+_LARGE, _TOO_LARGE, _HOPELESS = 10**5, 5 * 10**6, 2 * 10**7
+"""Intervals of all stages: from which on a better known division pays, and from which on there are too many."""
 
 
 def solve_exactly(problem: Problem, budget: int = BUDGET) -> Answer:
@@ -35,12 +40,18 @@ def solve_exactly(problem: Problem, budget: int = BUDGET) -> Answer:
     """
     tables = Tables(problem)
     known = _known(problem)
-    relaxed = relax(problem, tables, reachable(problem, tables, known))
+    ranges = reachable(problem, tables, known)
+    if _area(ranges) > _LARGE:
+        near = _near_even(problem, tables)
+        if near is not None and near[2] < known:
+            known = near[2]
+            ranges = reachable(problem, tables, known)
+        if _area(ranges) > (_HOPELESS if near is None else _TOO_LARGE):
+            return _unproven(problem, tables, near)
+    relaxed = relax(problem, tables, ranges)
     if not math.isfinite(relaxed.bound):
         raise nothing_fits(problem)
-    path = tuple(relaxed.path(relaxed.bound))
-    makespan = float(simulate_paths(problem, relaxed, [path])[0])
-    path, makespan = polish(problem, relaxed, path, makespan)
+    path, makespan = _first(problem, relaxed)
     met = makespan <= relaxed.bound * (1 + SLACK)
     found = Found(makespan, path, relaxed.bound, 0, met)
     if not met:
@@ -56,7 +67,31 @@ def _known(problem: Problem) -> float:
     return plain.makespan if fits(problem, plain) else math.inf
 
 
-def _answer(problem: Problem, tables: Tables, relaxed: Relaxed, path: tuple[int, ...], found: Found) -> Answer:
+def _first(problem: Problem, relaxed: Relaxed) -> tuple[Path, float]:
+    """The best division of the relaxed problem, and its descent."""
+    path = tuple(relaxed.path(relaxed.bound))
+    return polish(problem, relaxed, path, float(simulate_paths(problem, relaxed, [path])[0]))
+
+
+def _near_even(problem: Problem, tables: Tables) -> tuple[Relaxed, Path, float] | None:
+    """The relaxed problem, a division and its makespan with cuts near even ones only; None when none of them fits."""
+    relaxed = relax(problem, tables, around_even(problem, tables))
+    return (relaxed, *_first(problem, relaxed)) if math.isfinite(relaxed.bound) else None
+
+
+def _area(ranges: Sequence[range]) -> int:
+    return sum(len(rows) * len(columns) for rows, columns in pairwise(ranges))
+
+
+def _unproven(problem: Problem, tables: Tables, near: tuple[Relaxed, Path, float] | None) -> Answer:
+    """Too many intervals to look at: the best division near even ones, bounded by load."""
+    if near is None:
+        raise nothing_fits(problem)
+    relaxed, path, makespan = near
+    return _answer(problem, tables, relaxed, path, Found(makespan, path, load_bound(problem), 1, False))
+
+
+def _answer(problem: Problem, tables: Tables, relaxed: Relaxed, path: Path, found: Found) -> Answer:
     again = [
         int(block.again[start - block.first, end - block.end])
         for block, start, end in zip(relaxed.blocks, path, path[1:], strict=False)
@@ -66,9 +101,12 @@ def _answer(problem: Problem, tables: Tables, relaxed: Relaxed, path: tuple[int,
     answer = evaluate(problem, Split(sizes), again)
     gap = 0.0 if found.complete else max(0.0, answer.makespan / found.lower_bound - 1)
     if found.complete:
-        method = "the bound of the 1F1B schedule is met" if found.examined == 1 else "every division whose bound is lower was simulated"
+        met = found.examined == 1
+        method = "the 1F1B bound is met" if met else "every division with a lower 1F1B bound was simulated"
     else:
-        method = "best found; the rest is bounded by the 1F1B schedule's lower bound"
+        method = "the best of those simulated; the 1F1B bound of all others"
     bound = answer.makespan if found.complete else found.lower_bound
-    certificate = Certificate(optimal=found.complete, lower_bound=bound, gap=gap, method=method, examined=found.examined)
+    certificate = Certificate(
+        optimal=found.complete, lower_bound=bound, gap=gap, method=method, examined=found.examined
+    )
     return replace(answer, certificate=certificate)

@@ -19,13 +19,13 @@ _MORE_RANKS = 16
 def nothing_fits(problem: Problem) -> ConfigError:
     """The error for a 1F1B pipeline of which no division fits the memory."""
     needed = smallest_memory(problem)
-    hints = [f"memory of {_rounded_up(needed)}"]
+    hints = [f"memory of {rounded_up(needed)}"]
     if not problem.recompute:
         again = smallest_memory(replace(problem, recompute=True))
         if again < needed:
             hints.append(
                 "layers run again in the backward pass (recompute)"
-                + ("" if again <= (problem.memory or 0.0) else f" and memory of {_rounded_up(again)}")
+                + ("" if again <= (problem.memory or 0.0) else f" and memory of {rounded_up(again)}")
             )
     ranks = _enough_ranks(problem)
     hints += [f"{ranks} stages"] if ranks else []
@@ -70,6 +70,7 @@ def _enough_ranks(problem: Problem) -> int | None:
     return None
 
 
-def _rounded_up(value: float) -> str:
+def rounded_up(value: float) -> str:
+    """`value` in six digits, none of them making it smaller."""
     text = f"{value:.6g}"
     return text if float(text) >= value else f"{value * (1 + 5e-6):.6g}"

@@ -3,6 +3,7 @@ reached.
 
     T >= m X + fill        X: the least possible time of one micro-batch on the fullest rank
     T >= way               way: one micro-batch there and back
+    T >= way + (m - 1) t   t: the mean of the stages' times; 1F1B with m > P (proof in docs/pipeline_solver.md)
 
 X is at least the mean over ranks, the largest unit, and, as units are not cut, the least time in which the ranks hold
 all units if each took as little as the smallest. `fill`: rank r's first stage has at least r - 1 units' forwards and r
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 from skymoe.plan.pipeline.loads import stage_ends
 from skymoe.plan.pipeline.problem import Problem
-from skymoe.plan.pipeline.schedule import ranks_of
+from skymoe.plan.pipeline.schedule import is_one_f_one_b, ranks_of
 from skymoe.spec.layout import ScheduleKind
 
 
@@ -26,17 +27,18 @@ def load_bound(problem: Problem) -> float:
         for own in ranks_of(problem)
     ]
     total, num_micro, ranks = sum(times) + sum(ends), problem.num_micro, problem.num_ranks
-    # Weight gradients are on no micro-batch's way.
+    apart = problem.schedule is ScheduleKind.ZERO_BUBBLE  # gradients of weights are on no micro-batch's way then
     weights = sum(unit.weight for unit in problem.units)
     weights += sum(end.weight for stage in range(problem.num_stages) for end in stage_ends(problem, stage))
-    way = total - weights + 2 * problem.hop * (ranks - 1)
+    way = total - (weights if apart else 0.0) + 2 * problem.hop * (ranks - 1)
     before = min(unit.forward for unit in problem.units)
     after = min(unit.backward for unit in problem.units)
     fill = [max(0, rank - 1) * before + rank * problem.hop for rank in range(ranks)]
     if problem.schedule is not ScheduleKind.ZERO_BUBBLE:
         fill += [max(0, rank - 1) * after + rank * problem.hop for rank in range(ranks)]
     largest = max(max(times), _in_whole_units(times, ends))
-    return max((num_micro * total + sum(fill)) / ranks, num_micro * largest, way)
+    steady = (num_micro - 1) * total / ranks if is_one_f_one_b(problem) and num_micro > ranks else 0.0
+    return max((num_micro * total + sum(fill)) / ranks, num_micro * largest, way + steady)
 
 
 def _in_whole_units(times: list[float], ends: list[float]) -> float:

@@ -10,28 +10,25 @@ how far any division can be from what was found (`load_bound`).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from itertools import accumulate, product
+from itertools import accumulate
 
 import numpy as np
 
 from skymoe.base.errors import ConfigError
 from skymoe.plan.pipeline.evaluate import evaluate, uniform
+from skymoe.plan.pipeline.infeasible import rounded_up
 from skymoe.plan.pipeline.load_bound import load_bound
-from skymoe.plan.pipeline.loads import Load, layers_of, stage_ends, stage_load
+from skymoe.plan.pipeline.loads import stage_ends
 from skymoe.plan.pipeline.makespan import makespans
 from skymoe.plan.pipeline.problem import Answer, Certificate, Problem
-from skymoe.plan.pipeline.schedule import moments_of, ranks_of
+from skymoe.plan.pipeline.ranks import Cuts, Ranks
 from skymoe.plan.pipeline.tables import SLACK
 from skymoe.spec.split import Split
 
 WORK = 2 * 10**7
 """Simulated passes (tasks times divisions) that the search may take."""
-_COMBINATIONS = 256
-
-Cuts = tuple[int, ...]
-"""Units before which stages 1 .. S - 1 begin."""
 
 
 def propose(problem: Problem) -> Answer:
@@ -40,10 +37,10 @@ def propose(problem: Problem) -> Answer:
     Raises:
         ConfigError: nothing fits.
     """
-    ranks = _Ranks(problem)
+    ranks = Ranks(problem)
     found = _descend(ranks, [cuts for cuts in _starts(problem) if ranks.again(cuts) is not None])
     if found is None:
-        raise _nothing_fits(problem, ranks)
+        raise _nothing_fits(problem)
     cuts, examined = found
     sizes = Split(tuple(end - start for start, end in zip((0, *cuts), (*cuts, len(problem.units)), strict=True)))
     answer = evaluate(problem, sizes, ranks.again(cuts) or ())
@@ -57,91 +54,6 @@ def propose(problem: Problem) -> Answer:
         examined=examined,
     )
     return replace(answer, certificate=certificate)
-
-
-class _Ranks:
-    """What stages and ranks of divisions of one problem need; intervals are shared between divisions, so remembered."""
-
-    def __init__(self, problem: Problem) -> None:
-        self.problem, self.moments, self.stages = problem, moments_of(problem), ranks_of(problem)
-        self._loads: dict[tuple[int, int, int, int], Load] = {}
-        self._again: dict[tuple[int, Cuts], tuple[int, ...] | None] = {}
-
-    def load(self, stage: int, first: int, end: int, again: int) -> Load:
-        """Of `stage` with units [first, end)."""
-        key = stage, first, end, again
-        if key not in self._loads:
-            self._loads[key] = stage_load(self.problem, stage, self.problem.units[first:end], again)
-        return self._loads[key]
-
-    def again(self, cuts: Cuts) -> tuple[int, ...] | None:
-        """Layers run again per stage; None when a rank cannot fit."""
-        again = [0] * self.problem.num_stages
-        for rank, own in enumerate(self.stages):
-            ends = tuple(place for stage in own for place in self._interval(cuts, stage))
-            key = rank, ends
-            if key not in self._again:
-                self._again[key] = self._leanest(rank, list(zip(ends[::2], ends[1::2], strict=True)))
-            counts = self._again[key]
-            if counts is None:
-                return None
-            for stage, count in zip(own, counts, strict=True):
-                again[stage] = count
-        return tuple(again)
-
-    def loads(self, cuts: Cuts, again: Sequence[int]) -> list[Load]:
-        """Of all stages."""
-        return [self.load(stage, *self._interval(cuts, stage), count) for stage, count in enumerate(again)]
-
-    def peak(self, rank: int, intervals: Sequence[tuple[int, int]], counts: Sequence[int]) -> float:
-        """Memory of a rank whose stages have these intervals and layers run again."""
-        loads = [
-            self.load(stage, *interval, count)
-            for stage, interval, count in zip(self.stages[rank], intervals, counts, strict=True)
-        ]
-        extra = self.problem.extra_alive
-        kept = max(
-            sum((count + extra) * load.kept for count, load in zip(counts_alive, loads, strict=True))
-            for counts_alive in self.moments[rank]
-        )
-        return sum(load.static for load in loads) + kept + max(load.running for load in loads)
-
-    def num_layers(self, interval: tuple[int, int]) -> int:
-        """Layers in an interval of units, cut ones included."""
-        return len(layers_of(self.problem.units[slice(*interval)]))
-
-    def _interval(self, cuts: Cuts, stage: int) -> tuple[int, int]:
-        return cuts[stage - 1] if stage else 0, cuts[stage] if stage < len(cuts) else len(self.problem.units)
-
-    def _leanest(self, rank: int, intervals: list[tuple[int, int]]) -> tuple[int, ...] | None:
-        """The layers run again with which the rank fits, at the least time; fewer of them where that is the same."""
-        limit = math.inf if self.problem.memory is None else self.problem.memory * (1 + SLACK)
-        none = (0,) * len(intervals)
-        if self.peak(rank, intervals, none) <= limit:
-            return none
-        most = [self.num_layers(interval) if self.problem.recompute else 0 for interval in intervals]
-        options: Iterable[tuple[int, ...]] = product(*(range(count + 1) for count in most))
-        if math.prod(count + 1 for count in most) > _COMBINATIONS:
-            options = self._greedily(rank, intervals, most)
-        good = [counts for counts in options if self.peak(rank, intervals, counts) <= limit]
-        return min(good, key=lambda counts: (self._time(rank, intervals, counts), sum(counts), counts), default=None)
-
-    def _greedily(self, rank: int, intervals: list[tuple[int, int]], most: list[int]) -> list[tuple[int, ...]]:
-        """One layer more at a time, in the stage where it saves most; then everything."""
-        counts, options = [0] * len(intervals), []
-        while any(count < limit for count, limit in zip(counts, most, strict=True)):
-            further = [
-                (*counts[:place], counts[place] + 1, *counts[place + 1 :])
-                for place in range(len(counts))
-                if counts[place] < most[place]
-            ]
-            counts = list(min(further, key=lambda option: self.peak(rank, intervals, option)))
-            options.append(tuple(counts))
-        return options
-
-    def _time(self, rank: int, intervals: list[tuple[int, int]], counts: Sequence[int]) -> float:
-        own = zip(self.stages[rank], intervals, counts, strict=True)
-        return sum(self.load(stage, *interval, count).backward for stage, interval, count in own)
 
 
 def _starts(problem: Problem) -> list[Cuts]:
@@ -179,7 +91,7 @@ def positions(problem: Problem) -> list[int]:
     return [0, *inner, len(units)]
 
 
-def _descend(ranks: _Ranks, starts: list[Cuts]) -> tuple[Cuts, int] | None:
+def _descend(ranks: Ranks, starts: list[Cuts]) -> tuple[Cuts, int] | None:
     """To the best neighbour as long as there is a better one."""
     if not starts:
         return None
@@ -197,17 +109,20 @@ def _descend(ranks: _Ranks, starts: list[Cuts]) -> tuple[Cuts, int] | None:
         if best is not None and key >= best[0]:
             break
         best = key, cuts
-        options = [other for other in _neighbours(problem, cuts) if other not in seen and ranks.again(other) is not None]
+        options = [
+            other for other in _neighbours(problem, cuts) if other not in seen and ranks.again(other) is not None
+        ]
     assert best is not None
     return best[1], examined
 
 
-def _keys(ranks: _Ranks, options: Sequence[Cuts]) -> list[tuple[float, int, float]]:
+def _keys(ranks: Ranks, options: Sequence[Cuts]) -> list[tuple[float, int, float]]:
     """Makespan, layers run again, unevenness; rounded, so that the last bits do not decide."""
     agains = [ranks.again(cuts) or () for cuts in options]
     loads = [ranks.loads(cuts, again) for cuts, again in zip(options, agains, strict=True)]
     columns = (
-        np.array([[getattr(load, name) for load in one] for one in loads]).T for name in ("forward", "backward", "weight")
+        np.array([[getattr(load, name) for load in one] for one in loads]).T
+        for name in ("forward", "backward", "weight")
     )
     times = makespans(ranks.problem, *columns)
     return [
@@ -238,22 +153,13 @@ def _is_legal(places: Sequence[int], last: int) -> bool:
     return ascending and places[0] >= 0 and places[-1] <= last
 
 
-def _nothing_fits(problem: Problem, ranks: _Ranks) -> ConfigError:
+def _nothing_fits(problem: Problem) -> ConfigError:
     """With the memory that the leanest of the proposed divisions needs."""
-    lean = _Ranks(replace(problem, memory=None))
-    needed = math.inf
-    for cuts in _starts(problem):
-        peaks = []
-        for rank, own in enumerate(lean.stages):
-            intervals = [lean._interval(cuts, stage) for stage in own]
-            most = [lean.num_layers(interval) if problem.recompute else 0 for interval in intervals]
-            peaks.append(
-                min(lean.peak(rank, intervals, counts) for counts in ((0,) * len(own), *lean._greedily(rank, intervals, most)))
-            )
-        needed = min(needed, max(peaks))
+    ranks = Ranks(replace(problem, memory=None))
+    needed = min(max(ranks.least_peaks(cuts)) for cuts in _starts(problem))
     return ConfigError(
         f"no division that was tried fits memory {problem.memory:g} under {problem.schedule}",
         where="memory",
         why=f"the fullest rank of the leanest one needs {needed:.6g}",
-        hint=f"memory of {math.nextafter(needed, math.inf) * (1 + 5e-6):.6g}, or schedule 1f1b, which keeps less alive",
+        hint=f"memory of {rounded_up(needed)}, or schedule 1f1b, which keeps less alive",
     )

@@ -12,6 +12,8 @@ from skymoe.plan.pipeline.loads import stage_ends
 from skymoe.plan.pipeline.problem import Problem
 from skymoe.plan.pipeline.tables import SLACK, Tables
 
+_WIDTH = 8
+
 
 def reachable(problem: Problem, tables: Tables, known: float) -> list[range]:
     """Positions at which stage s may begin, s = 0 .. P (P: the end of the last stage)."""
@@ -33,3 +35,17 @@ def reachable(problem: Problem, tables: Tables, known: float) -> list[range]:
         low.append(nearest)
     low.append(0)
     return [range(first, max(first, end) + 1) for first, end in zip(reversed(low), [*high, last], strict=True)]
+
+
+def around_even(problem: Problem, tables: Tables) -> list[range]:
+    """Positions near those that divide the time evenly: at most a stage's width away."""
+    ranks, last = problem.num_ranks, tables.last
+    work = (tables.forward + tables.backward)[tables.positions]
+    width = min(_WIDTH, max(2, last // ranks))
+    ranges = [range(0, 1)]
+    for stage in range(1, ranks):
+        even = int(np.searchsorted(work, work[-1] * stage / ranks))
+        ranges.append(
+            range(max(stage - 1, even - width), max(stage, min(last - (ranks - 1 - stage), even + width) + 1))
+        )
+    return [*ranges, range(last, last + 1)]

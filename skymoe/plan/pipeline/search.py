@@ -1,8 +1,8 @@
-"""The certificate: every division whose bound is below the best simulated makespan is simulated, or there is none left.
+"""The certificate: every division whose bound is below the best simulated makespan is simulated.
 
-Stages are chosen from the first to the last, the most promising beginning first. A beginning leaves the stages behind it
-two conditions: their `bound` must stay below what is left of the best makespan, and their `rest` below what the chosen
-stages can wait (`largest_rest`). The fronts tell at once whether any division of the remaining units meets both, so no
+Stages are chosen from the first to the last, the most promising beginning first. A beginning leaves the stages behind
+it two conditions: their `bound` must stay below what is left of the best makespan, and their `rest` below what the
+chosen stages can wait (`largest_rest`). The fronts tell at once whether any division of the remaining units meets both, so no
 beginning is followed that leads nowhere. If the budget ends first, the least bound that was not followed is proven.
 """
 

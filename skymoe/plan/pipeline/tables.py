@@ -5,8 +5,8 @@ tasks as before cannot end later. So under 1F1B, where each rank has one stage a
 interval has one best number of layers run again: the smallest that fits. (It need not be monotone: the first layers may
 keep little, and a layer that is run again needs room while it runs. All numbers are tried, upwards.)
 
-Positions are the places where a stage may begin or end. Sums over units are differences of running sums; they may differ
-from loads.py in the last bits, and `SLACK` is wider than that.
+Positions are the places where a stage may begin or end. Sums over units are differences of running sums; they may
+differ from loads.py in the last bits, and `SLACK` is wider than that.
 """
 
 from __future__ import annotations

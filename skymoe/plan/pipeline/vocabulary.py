@@ -2,8 +2,8 @@
 
 Instead of moving layers away from the stage that has the head, the head and the embedding are divided over all ranks
 (Yeung et al., Balancing Pipeline Parallelism with Vocabulary Parallelism, MLSys 2025): each rank multiplies every
-micro-batch's last hidden states with its rows of the head, and one barrier joins the softmax. Its price in memory is one
-more micro-batch alive on every rank (their second algorithm).
+micro-batch's last hidden states with its rows of the head, and one barrier joins the softmax. Its price in memory is
+one more micro-batch alive on every rank (their second algorithm).
 
 Left out: the barrier's communication (hidden in the paper's measurements), and the order of the added passes within a
 rank: their time is added to the forward and the backward of the rank's stage.
