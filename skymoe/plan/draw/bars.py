@@ -36,15 +36,17 @@ def memory_svg(
     children += _scale(top, base)
     bars = sum(min(len(group.ranks), MAX_BARS) for group in shown)
     slot = min(64.0, (_WIDTH - _LEFT - 16 - 40 * len(shown)) / max(1, bars))
-    x = _LEFT + 12
+    x, names = _LEFT + 12, []
     for group in shown:
-        drawn, x = _group(group, capacity, top, base, slot, x)
+        drawn, named, x = _group(group, capacity, top, base, slot, x)
         children.append(drawn)
+        names.append(named)
         x += 40
     if capacity:
         y = base - capacity / top * _HEIGHT
         children.append(path("cap", f"M{number(_LEFT)} {number(y)}H{number(_WIDTH - 16)}"))
         children.append(text(f"{gigabytes(capacity)} GB", _WIDTH - 16, y - 5, "alarm small end"))
+    children += names  # above the line
     words = f"{name(title)} in GB. " + " ".join(_describe(group, capacity) for group in shown)
     return drawing(
         children, width=_WIDTH, height=base + 46, title=title, description=words, standalone=standalone
@@ -71,9 +73,9 @@ def _scale(top: float, base: float) -> list[Html]:
 
 def _group(
     group: Bars, capacity: float | None, top: float, base: float, slot: float, x: float
-) -> tuple[Html, float]:  # fmt: skip
-    """The bars of one division from `x` on, and where they end."""
-    children = []
+) -> tuple[Html, Html, float]:
+    """The bars of one division from `x` on, the numbers above them, and where they end."""
+    children, numbers = [], []
     shown = group.ranks[:MAX_BARS]
     labels = group.labels if len(group.labels) == len(group.ranks) else tuple(map(str, range(len(group.ranks))))
     every = 1 if slot >= 22 else 2 if slot >= 13 else 8
@@ -91,12 +93,12 @@ def _group(
             children.append(path("cap", f"M{number(at - 2)} {number(y_cap)}h{number(slot * 0.78 + 4)}"))
         if slot >= 22:
             kind = "alarm small mid halo" if over else "small mid halo"
-            children.append(text(gigabytes(group.totals[index]), at + slot * 0.39, y - 4, kind))
+            numbers.append(text(gigabytes(group.totals[index]), at + slot * 0.39, y - 4, kind))
         if index % every == 0:
             children.append(text(name(labels[index], 12), at + slot * 0.39, base + 15, "soft small mid"))
     note = _note(group, capacity)
     children.append(runs(x, base + 36, ("head", name(group.title, 60)), ("soft", note)))
-    return join(children), max(x + len(shown) * slot, x + 240 if len(shown) < 6 else 0)
+    return join(children), join(numbers), max(x + len(shown) * slot, x + 240 if len(shown) < 6 else 0)
 
 
 def _note(group: Bars, capacity: float | None) -> str:

@@ -95,11 +95,12 @@ def schedule_section(panels: Sequence[Panel], title: str = "Schedule") -> Sectio
     return Section(title=title, body=(_drawn(drawn),) if panels else ())
 
 
-def memory_section(groups: Sequence[Bars], capacity: float | None, title: str = "Memory") -> Section:
+def memory_section(
+    groups: Sequence[Bars], capacity: float | None, *, title: str = "Memory", chart: str = "Memory per rank"
+) -> Section:
     """Bars with the line of what a GPU has."""
-    return Section(
-        title=title, body=(_drawn(memory_svg(groups, capacity, standalone=False)),) if groups else ()
-    )  # fmt: skip
+    drawn = memory_svg(groups, capacity, title=chart, standalone=False)
+    return Section(title=title, body=(_drawn(drawn),) if groups else ())
 
 
 def points_section(
