@@ -75,7 +75,7 @@ def recompute_flags(counts: Sequence[int], layers: Sequence[int], base: Recomput
     most, notes = max(wanted), []
     if any(count < min(most, size) for count, size in zip(wanted, layers, strict=True)):
         notes.append(
-            f"Megatron-LM has one recompute count for all stages: {most} fits everywhere, the plan's are {wanted}"
+            f"Megatron-LM has one recompute count for all stages: the flags have the largest of the plan's {wanted}"
         )
     if base is not Recompute.NONE:
         notes.append(f"Megatron-LM cannot run whole layers again beside {base}: the flags run whole layers again")
