@@ -15,8 +15,10 @@ from typing import Final
 
 from skymoe.plan.cost.model import flops
 from skymoe.plan.hardware.gpu import Cluster, Precision
+from skymoe.plan.memory.alive import vocabulary_alive
 from skymoe.plan.shape import ModelShape
 from skymoe.plan.validate.cases import Case, NotJudgedError
+from skymoe.plan.validate.software import with_habits
 from skymoe.plan.work import Division, Recompute
 from skymoe.spec.layout import DispatchMode
 from skymoe.spec.split import Split
@@ -72,6 +74,8 @@ class CaseLayout:
         pipeline, placement: schedule and split.
         written: layers per stage where `placement` is WRITTEN.
         again: recomputation.
+        fused_loss: the loss overwrites its logits; else it holds an fp32 copy and a gradient beside them.
+        alive: micro-batches alive per stage, where these are more than the schedule's.
         known: fully known (see above).
         assumed: in words.
     """
@@ -84,6 +88,8 @@ class CaseLayout:
     placement: Placement
     written: tuple[int, ...] = ()
     again: Again = field(default_factory=Again)
+    fused_loss: bool = True
+    alive: tuple[int, ...] | None = None
     known: bool = True
     assumed: tuple[str, ...] = ()
 
@@ -103,12 +109,14 @@ def case_layout(case: Case, cluster: Cluster, *, is_moe: bool) -> CaseLayout:
     counted = case.has("batch.num_microbatches") or (case.has("batch.global_batch_size") and case.has("parallel.dp"))
     return CaseLayout(
         division=division, micro_batch=micro_batch, num_micro=num_micro, chunks=chunks, pipeline=pipeline,
-        placement=placement, written=written, again=again, known=published and counted, assumed=tuple(assumed),
+        placement=placement, written=written, again=again, known=published and counted,
+        fused_loss=case.text("framework").lower() != "torchtitan", assumed=tuple(assumed),
+        alive=_alive(case, division.pp, num_micro) if placement is Placement.VOCABULARY else None,
     )  # fmt: skip
 
 
 def _division(case: Case, cluster: Cluster, *, is_moe: bool, assumed: list[str]) -> Division:
-    if not (case.has("parallel.tp") or case.has("parallel.pp") or case.has("parallel.dp")):
+    if not (case.has("parallel.tp") and case.has("parallel.pp")) and not case.has("parallel.dp"):
         raise NotJudgedError("the division over GPUs is not published")
     tp, pp, cp = (case.count(f"parallel.{axis}", 1, high=10**5) for axis in ("tp", "pp", "cp"))
     per_replica = tp * pp * cp
@@ -121,18 +129,31 @@ def _division(case: Case, cluster: Cluster, *, is_moe: bool, assumed: list[str])
     etp = case.count("parallel.etp", _expert_tp(case, tp, ep, stage, assumed)) if is_moe else 1
     if stage % (ep * etp):
         raise NotJudgedError(f"ep {ep} x etp {etp} do not divide the {stage} GPUs of a stage")
-    stage_of_zero, shards = _zero(case)
-    return Division(
-        pp=pp, dp=dp, tp=tp, cp=cp, ep=ep, etp=etp, expert_stride=etp, dispatch=DispatchMode.ALL_TO_ALL,
-        sequence_parallel=case.flag("parallel.sequence_parallel", True) and tp > 1, zero_stage=stage_of_zero,
-        zero_ranks=shards, overlap=not re.search(r"internevo", case.text("framework"), re.IGNORECASE),
-    )  # fmt: skip
+    zero_stage, shards = _zero(case)
+    division = Division(
+        pp=pp,
+        dp=dp,
+        tp=tp,
+        cp=cp,
+        ep=ep,
+        etp=etp,
+        expert_stride=etp,
+        dispatch=DispatchMode.ALL_TO_ALL,
+        sequence_parallel=case.flag("parallel.sequence_parallel", True) and tp > 1,
+        zero_stage=zero_stage,
+        zero_ranks=shards,
+        expert_overlap=case.text("parallel.ep_overlap") == "on" or case.flag("parallel.ep_overlap", False),
+    )
+    return with_habits(case, division)
 
 
 def _expert_tp(case: Case, tp: int, ep: int, stage: int, assumed: list[str]) -> int:
     """Megatron divides each expert by tp unless told otherwise; with folding or many small experts it does not."""
-    if case.text("parallel.method").lower().endswith("folding") or tp == 1:
+    method = case.text("parallel.method").lower()
+    if method.endswith("folding") or tp == 1:
         return 1
+    if method and stage % (ep * tp) == 0:
+        return tp  # the tables of MoE Parallel Folding: without it, experts are cut as attention is
     experts, inner = case.count("model.moe.num_experts", 1), case.count("model.moe.moe_ffn_hidden_size", 1)
     if stage % (ep * tp) == 0 and experts <= 16 and inner >= 8192:
         assumed.append(f"each expert cut by tp = {tp}")
@@ -158,6 +179,7 @@ def _zero(case: Case) -> tuple[int, int | None]:
 
 
 def _batches(case: Case, division: Division, assumed: list[str]) -> tuple[int, int]:
+    """Sequences of a micro-batch and micro-batches of a step; the global batch decides where the three disagree."""
     micro = case.count("batch.micro_batch_size", 0, low=0)
     sequences = case.count("batch.global_batch_size", 0, low=0)
     number = case.count("batch.num_microbatches", 0, low=0)
@@ -166,8 +188,8 @@ def _batches(case: Case, division: Division, assumed: list[str]) -> tuple[int, i
     if not micro:
         micro = 1
         assumed.append("micro-batch of 1 sequence")
-    if not number and sequences:
-        number = max(1, round(sequences / (micro * division.dp)))
+    if sequences >= micro * division.dp:
+        number = round(sequences / (micro * division.dp))
     if not number:
         number = 8 * division.pp
         assumed.append(f"{number} micro-batches")
@@ -204,6 +226,14 @@ def _placement(case: Case, num_stages: int) -> tuple[Placement, tuple[int, ...]]
     if "one layer fewer" in case.text("parallel.layer_split_rule"):
         return Placement.ENDS_FEWER, ()
     return Placement.UNIFORM, ()
+
+
+def _alive(case: Case, pp: int, num_micro: int) -> tuple[int, ...]:
+    """With a divided vocabulary; interlaced pipelines keep half as much again as 1F1B (Yeung et al. 2025)."""
+    words = f"{case.id} {case.text('parallel.schedule')}".lower()
+    if "interlaced" in words:
+        return tuple(min(-(-3 * (pp - rank) // 2), num_micro) for rank in range(pp))
+    return vocabulary_alive(pp, num_micro, barriers=2 if re.search(r"vocab-?1\b", words) else 1)
 
 
 def case_again(case: Case) -> Again:

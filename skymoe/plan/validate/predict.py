@@ -33,11 +33,13 @@ from skymoe.plan.validate.layouts import (
 )
 from skymoe.plan.validate.machines import case_cluster
 from skymoe.plan.validate.models import CaseModel, case_model
+from skymoe.plan.validate.software import on_software, software_of
 from skymoe.plan.work import Recompute, Work
 from skymoe.plan.zero_bubble import zb_h1, zb_h2, zero_bubble_order
 from skymoe.spec.layout import ScheduleKind
 from skymoe.spec.split import Split
 
+_NEAR = 1.25
 _MOST_TASKS = 400_000  # of a simulated step; more micro-batches than that repeat themselves
 
 
@@ -71,6 +73,7 @@ def predict(case: Case) -> Prediction:
 
 def _predict(case: Case) -> Prediction:
     model, cluster = case_model(case), case_cluster(case)
+    cluster = replace(cluster, gpu=on_software(case, cluster.gpu))
     is_moe = any(layer.ffn.is_moe for layer in model.shape.layers)
     layout = case_layout(case, cluster, is_moe=is_moe)
     work = Work(
@@ -84,6 +87,7 @@ def _predict(case: Case) -> Prediction:
             f"{work.num_micro} micro-batches over {layout.division.pp} stages are too many to simulate"
         )
     stages, recompute, answer = _answer(work, model, layout)
+    answer = _with_owners(case, work, answer)
     return Prediction(
         model=model, layout=layout, work=work, stages=stages, recompute=recompute, estimate=answer,
         assumed=(*model.assumed, *layout.assumed),
@@ -93,14 +97,26 @@ def _predict(case: Case) -> Prediction:
 @lru_cache(maxsize=512)  # tables repeat their setups from release to release
 def _answer(work: Work, model: CaseModel, layout: CaseLayout) -> tuple[Split, tuple[int, ...], Estimate]:
     stages = case_stages(model.shape, layout, work.sequence_length, model.predicts_two)
-    priced, sized = _published_prices(work, model, layout), _published_sizes(work, layout)
+    priced, sized = published_prices(work, model, layout), _published_sizes(work, layout)
     recompute = _again(work, sized, stages, layout)
     kind = ScheduleKind.INTERLEAVED if layout.chunks > 1 else ScheduleKind.ONE_F_ONE_B
     order = order_of_case(layout, stage_times(priced, stages, recompute), priced.hop_s)
     answer = estimate(work, stages, recompute, schedule=kind, order=order, priced=priced, sized=sized)
     if layout.pipeline in ZERO_BUBBLE:
         answer = _without_barrier(work, stages, recompute, sized, answer)
+    elif layout.alive is not None:
+        memory = rank_memory(work, sized, stages, recompute, schedule=kind, alive=layout.alive)
+        answer = replace(answer, memory=memory)
     return stages, recompute, answer
+
+
+def _with_owners(case: Case, work: Work, answer: Estimate) -> Estimate:
+    """Software that sends weights owner by owner (see software.py), where owners are in several nodes."""
+    software, division = software_of(case, work.cluster.gpu), work.division
+    owners = min(division.dp * division.cp, division.zero_ranks or division.dp * division.cp)
+    if software is None or not software.owner_s or owners * division.tp <= work.cluster.gpus_per_node:
+        return answer
+    return replace(answer, step_s=answer.step_s + owners * software.owner_s)
 
 
 def has_flash(case: Case) -> bool:
@@ -136,7 +152,7 @@ def _without_barrier(work: Work, stages: Split, recompute: Sequence[int], sized:
     return replace(answer, pipeline_s=pipeline_s, step_s=pipeline_s + answer.end.total_s, memory=memory)
 
 
-def _published_prices(work: Work, model: CaseModel, layout: CaseLayout) -> Prices:
+def published_prices(work: Work, model: CaseModel, layout: CaseLayout) -> Prices:
     listed = prices(work)
     if model.predicts_two:
         listed = replace(listed, head=_sum((listed.head, listed.head, *listed.halves[-2:])))
@@ -169,6 +185,8 @@ def _scaled(price: Price, share: float) -> Price:
 def _published_sizes(work: Work, layout: CaseLayout) -> Sizes:
     """Where embedding and head are divided over all stages, so are their bytes."""
     listed = sizes(work)
+    if not layout.fused_loss:
+        listed = replace(listed, head=replace(listed.head, transient=2 * listed.head.transient))
     if layout.placement is not Placement.VOCABULARY:
         return listed
     ends, share = (listed.embedding, listed.head), 1.0 / len(listed.halves)
@@ -188,7 +206,10 @@ def _published_sizes(work: Work, layout: CaseLayout) -> Sizes:
 
 
 def _again(work: Work, sized: Sizes, stages: Split, layout: CaseLayout) -> tuple[int, ...]:
-    """Layers per stage that are run again whole: as stated, or the fewest per stage that fit, the same on all."""
+    """Layers per stage that are run again whole: as stated, or the fewest per stage that come near what fits.
+
+    Who publishes a speed has tuned it: no recomputation unless our memory is clearly more than there is.
+    """
     layers = [len({unit // 2 for unit in part}) for part in stages]
     if layout.again.share is not None:
         return tuple(round(layout.again.share * count) for count in layers)
@@ -198,7 +219,7 @@ def _again(work: Work, sized: Sizes, stages: Split, layout: CaseLayout) -> tuple
         middle = (low + high) // 2
         recompute = tuple(min(middle, count) for count in layers)
         memory = rank_memory(work, sized, stages, recompute, schedule=kind)
-        fits = max(rank.total for rank in memory) <= work.cluster.gpu.memory
+        fits = max(rank.allocated for rank in memory) <= _NEAR * work.cluster.gpu.memory
         low, high = (low, middle) if fits else (middle + 1, high)
     return tuple(min(low, count) for count in layers)
 

@@ -17,6 +17,7 @@ from skymoe.plan.validate.config import ValidateConfig
 from skymoe.plan.validate.conventions import SOURCES
 from skymoe.plan.validate.gains import gains
 from skymoe.plan.validate.gates import gates_of
+from skymoe.plan.validate.mappings import with_mappings
 from skymoe.plan.validate.inference import inference_groups
 from skymoe.plan.validate.page import accuracy_page
 from skymoe.plan.validate.report import ValidateReport
@@ -50,6 +51,7 @@ def run(config: ValidateConfig) -> ValidateReport:
 
 def validate(cases: Sequence[Case], refused: Sequence[NotJudged] = (), *, name: str = "cases") -> ValidateReport:
     """Compare `cases`, which were read before."""
+    cases = with_mappings(cases)
     comparisons: list[Comparison] = []
     aside = list(refused)
     for case in cases:

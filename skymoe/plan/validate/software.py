@@ -14,6 +14,7 @@ from typing import Final
 
 from skymoe.plan.hardware.gpu import Gpu
 from skymoe.plan.validate.cases import Case
+from skymoe.plan.work import Division
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,48 @@ class Software:
     origin: str
 
 
-SOFTWARE: Final[Mapping[str, Software]] = {}
+SOFTWARE: Final[Mapping[str, Software]] = {
+    "llm-foundry, PyTorch 2.0 FSDP, A100": Software(
+        framework=r"llm-foundry", gpu=r"a100", attention=0.80, memory=0.60,
+        origin="fitted to mosaic_mpt on A100; FlashAttention 1 is half as fast as 2 (its paper), streams are not fused",
+    ),
+    "llm-foundry, PyTorch 2.0 FSDP, H100": Software(
+        framework=r"llm-foundry", gpu=r"h100", gemm=0.83, attention=0.36, memory=0.50,
+        origin="fitted to mosaic_mpt on H100: kernels of 2023, written for A100",
+    ),
+    "InternEvo": Software(
+        framework=r"internevo", gpu=r"a", owner_s=0.0032,
+        origin="fitted to internevo with ZeRO-1 over all replicas: every owner sends its weights by a broadcast of its own",
+    ),
+}  # fmt: skip
+
+
+def with_habits(case: Case, division: Division) -> Division:
+    """`division` as the case's framework runs it by default.
+
+    Megatron-Bridge and NeMo: tensor-parallel communication beside products (Transformer Engine), gradients in bf16 in
+    recipes for speed; DeepEP or HybridEP in Bridge's; Adam's moments in bf16 in Bridge's recipes of DeepSeek and Moonlight.
+    torchtitan with a pipeline keeps weights and gradients whole during a step, fp32 weights divided.
+    """
+    framework, name = case.text("framework").lower(), case.text("model.name").lower()
+    if "bridge" in framework:
+        latent = re.search(r"deepseek|moonlight|kimi", name) is not None
+        return replace(
+            division,
+            tensor_overlap=True,
+            node_dispatch=True,
+            gradient_bytes=2.0,
+            optimizer_bytes=8.0 if latent else 12.0,
+        )
+    if re.match(r"nemo|megatron-core r", framework):  # Megatron-Core r0.8's table says that all communication overlaps
+        return replace(division, tensor_overlap=True, gradient_bytes=2.0)
+    if framework == "torchtitan" and division.zero_stage == 3 and division.pp > 1:
+        return replace(division, zero_stage=1, gradient_bytes=2.0, optimizer_bytes=16.0)
+    if "internevo" in framework:
+        return replace(division, overlap=False)
+    if framework == "megatron-lm fork":  # Qi et al. 2024 and Yeung et al. 2025: fp16, gradients too: 16 bytes a weight
+        return replace(division, gradient_bytes=2.0)
+    return division
 
 
 def on_software(case: Case, gpu: Gpu) -> Gpu:
