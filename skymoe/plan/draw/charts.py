@@ -48,8 +48,8 @@ class _Axes:
         for mark in x_marks:
             children.append(path("axis", f"M{number(self.x(mark))} {bottom:g}v4"))
             children.append(text(short(mark), self.x(mark), bottom + 18, "soft small mid"))
-        children.append(text(x_name, (_LEFT + _WIDTH - _RIGHT) / 2, bottom + 38, "soft mid"))
-        children.append(text(y_name, 16, _TOP - 6, "soft"))
+        children.append(text(name(x_name), (_LEFT + _WIDTH - _RIGHT) / 2, bottom + 38, "soft mid"))
+        children.append(text(name(y_name), 16, _TOP - 6, "soft"))
         return children
 
 
@@ -76,7 +76,9 @@ def points_svg(
         if point.chosen or point.frontier:
             children.append(_label(point, axes, taken))
     words = f"{name(title)}: {len(points)} candidates. " + "; ".join(
-        f"{name(p.name)}: {short(p.y)} {y_name} at {short(p.x)} {x_name}" for p in shown[:8] if p.chosen or p.frontier
+        f"{name(p.name)}: {short(p.y)} {name(y_name)} at {short(p.x)} {name(x_name)}"
+        for p in shown[:8]
+        if p.chosen or p.frontier
     )
     return drawing(
         children, width=_WIDTH, height=_TOP + _HEIGHT + 50, title=title, description=words, standalone=standalone

@@ -123,7 +123,12 @@ def rows(head: Sequence[str], lines: Sequence[Sequence[str]], label: str) -> Htm
         return Html("")
     shown = [[printable(cell) for cell in line] for line in lines[:_MAX_ROWS]]
     left = len(lines) - len(shown)
-    return join([table(list(head), shown, label=label), el("p", f"{left} more are not shown.") if left else Html("")])
+    return join(
+        [
+            table([printable(cell) for cell in head], shown, label=printable(label)),
+            el("p", f"{left} more are not shown.") if left else Html(""),
+        ]
+    )
 
 
 def said(sentences: Sequence[str]) -> Html:
@@ -133,7 +138,7 @@ def said(sentences: Sequence[str]) -> Html:
 
 def folded(summary: str, *inside: Html) -> Html:
     """What is opened on demand."""
-    return el("details", el("summary", summary), *inside) if any(inside) else Html("")
+    return el("details", el("summary", printable(summary)), *inside) if any(inside) else Html("")
 
 
 def code(text: str) -> Html:

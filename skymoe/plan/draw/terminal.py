@@ -86,7 +86,7 @@ def show_memory(
     if not shown:
         return
     most = max([capacity or 0.0, *(size for group in shown for size in (*group.totals, *group.capacities))])
-    columns = max(20, min(72, (width or console.width) - 24))
+    columns = max(20, min(72, (width or console.width) - 32))
     used: set[str] = set()
     for group in shown:
         _print(console, Text(name(group.title), style="bold"))
