@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from math import ceil
 
 from skymoe.base.errors import ConfigError
+from skymoe.plan.hardware.catalogue import cluster_of
 from skymoe.plan.pipeline.solve import uniform
 from skymoe.plan.train.asked import Asked, read_asked
 from skymoe.plan.train.config import MAX_GPUS, PlanTrainConfig
@@ -27,7 +28,7 @@ def no_layout(asked: Asked) -> ConfigError:
     return ConfigError(
         f"no layout of {config.gpus} GPUs can run a step of {asked.sequences} sequences of {config.model}",
         where="plan train",
-        why="every stage needs a layer, every rank a head, every replica as many micro-batches as its schedule asks for",
+        why="stages need layers, ranks need heads, replicas need the micro-batches that a schedule asks for",
         hint=_joined(_working(config)) or "more sequences in a step (--global-batch-tokens), or fewer GPUs",
     )
 
@@ -79,12 +80,14 @@ def _enough_gpus(config: PlanTrainConfig) -> int | None:
     def fits(count: int) -> bool:
         return _possible(config.replace(gpus=count))
 
+    node = cluster_of(config.gpu, config.gpus, config.nodes_of).gpus_per_node
     low, high = config.gpus, 2 * config.gpus
     while high <= min(MAX_GPUS, 1024 * config.gpus) and not fits(high):
         low, high = high, 2 * high
     if high > min(MAX_GPUS, 1024 * config.gpus):
         return None
     step = max(1, (high - low) // 8)
+    step = -(-step // node) * node if low >= node else step
     return next((count for count in range(low + step, high, step) if fits(count)), high)
 
 

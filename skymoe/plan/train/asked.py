@@ -15,7 +15,7 @@ from skymoe.plan.hardware.gpu import Cluster, Precision
 from skymoe.plan.shape import ModelShape, shape_of
 from skymoe.plan.train.config import PlanTrainConfig
 from skymoe.plan.train.model import MOST_SEQUENCE, read_model
-from skymoe.plan.train.space import divisors, units_of, usual_sequences
+from skymoe.plan.train.space import divisors, tp_fits, units_of, usual_sequences
 from skymoe.spec.layout import ScheduleKind
 from skymoe.spec.model import ModelSpec
 
@@ -109,8 +109,8 @@ def _check_ranks(config: PlanTrainConfig, spec: ModelSpec, cluster: Cluster) -> 
         multiple = product if whole else max(1, round(config.gpus / product)) * product
         others = [f"--gpus {multiple}"]
         if len(given) == 1:
-            (name, size), near = *given.items(), divisors(config.gpus)
-            others.append(f"--{name} {min(near, key=lambda d: (abs(d - size), d))}")  # type: ignore[has-type]
+            name, size = next(iter(given.items()))
+            others.append(f"--{name} {min(divisors(config.gpus), key=lambda d: (abs(d - size), d))}")
         raise ConfigError(
             f"{flags} does not divide {config.gpus} GPUs" if not whole else f"{flags} is not {config.gpus} GPUs",
             where="--gpus", hint=" or ".join(others),
@@ -118,7 +118,8 @@ def _check_ranks(config: PlanTrainConfig, spec: ModelSpec, cluster: Cluster) -> 
     if config.tp is not None and config.tp > spec.num_kv_heads:
         raise ConfigError(
             f"tp {config.tp} is more than the {spec.num_kv_heads} key/value heads",
-            where="--tp", why="a head is not cut", hint=f"--tp {spec.num_kv_heads} at most",
+            where="--tp", why="a head is not cut",
+            hint=f"--tp {max(d for d in divisors(config.gpus) if tp_fits(d, spec, cluster))}",
         )  # fmt: skip
     per_node = cluster.gpus_per_node
     if config.tp is not None and per_node % config.tp and not config.tp <= config.gpus <= per_node:
@@ -140,12 +141,12 @@ def _check_pipeline(config: PlanTrainConfig, spec: ModelSpec) -> None:
     if config.pp * per_rank <= units:
         return
     what = "layers" if config.whole_layers else "layers, that is, of twice as many halves"
-    hints = [f"--pp {units // per_rank}"] if units >= per_rank else []
+    hints = [f"--pp {max(d for d in divisors(config.gpus) if d <= max(1, units // per_rank))}"]
     if config.whole_layers and config.pp * per_rank <= 2 * spec.num_layers:
         hints.append("stages that end within a layer (without --whole-layers)")
     raise ConfigError(
         f"{config.pp * per_rank} stages for a model of {spec.num_layers} {what}",
-        where="--pp", why="every stage needs one", hint=", or ".join(hints) or "--schedule 1f1b",
+        where="--pp", why="every stage needs one", hint=", or ".join(hints),
     )  # fmt: skip
 
 

@@ -3,6 +3,8 @@
 The bound is valid for every division of the layers, so what cannot win need not be divided. Of the pipeline's time:
 
     any schedule    each rank works through its share:            T >= m t / P       (t: all layers and ends, once)
+                    some rank has r = ceil(L / P) feed-forwards, and between those of one stage the attentions:
+                                                                  T >= m (r f + (r - v) a)   (v stages per rank)
     1F1B            rank s starts after all before it have done one forward, and ends before they do their last
                     backward: T >= sum_{i<s} t_i + m t_s for every s. Stages that make all of these equal are
                     t_s = t_{s-1} (1 - 1/m), whence               T >= t / (1 - (1 - 1/m)^P)
@@ -19,7 +21,7 @@ from skymoe.plan.cost.model import prices, step_end
 from skymoe.plan.cost.prices import Prices
 from skymoe.plan.memory.model import sizes
 from skymoe.plan.memory.sizes import Sizes
-from skymoe.plan.pipeline.problem import Problem
+from skymoe.plan.pipeline.problem import End, Problem, Unit
 from skymoe.plan.train.asked import Asked
 from skymoe.plan.train.problem_of import problem_of
 from skymoe.plan.train.space import Candidate
@@ -44,6 +46,7 @@ class Priced:
         prices, sizes: seconds and bytes.
         problem: the pipeline that is to be divided.
         bound_s: no division of it is faster.
+        likely_s: a step with equal stages, which schedules are compared by before anything is divided.
     """
 
     candidate: Candidate
@@ -52,6 +55,7 @@ class Priced:
     sizes: Sizes
     problem: Problem
     bound_s: float
+    likely_s: float
 
     @property
     def static_share(self) -> float:
@@ -89,7 +93,7 @@ def price(asked: Asked, candidate: Candidate, *, level: Recompute | None = None)
     )  # fmt: skip
     return Priced(
         candidate=candidate, work=work, prices=seconds, sizes=bytes_, problem=problem,
-        bound_s=bound_s(work, problem),
+        bound_s=bound_s(work, problem), likely_s=likely_s(work, problem),
     )  # fmt: skip
 
 
@@ -108,24 +112,53 @@ def price_all(asked: Asked, candidates: Sequence[Candidate]) -> list[Priced]:
 def _with_schedule(priced: Priced, candidate: Candidate) -> Priced:
     problem = replace(priced.problem, schedule=candidate.schedule, chunks=candidate.chunks)
     work = replace(priced.work, chunks=candidate.chunks)
-    return replace(priced, candidate=candidate, work=work, problem=problem, bound_s=bound_s(work, problem))
+    bound, likely = bound_s(work, problem), likely_s(work, problem)
+    return replace(priced, candidate=candidate, work=work, problem=problem, bound_s=bound, likely_s=likely)
 
 
 def bound_s(work: Work, problem: Problem) -> float:
     """No division of `problem` makes a faster step."""
-    pipeline_s = pipeline_bound_s(problem)
-    ranks, layers = problem.num_ranks, work.shape.num_layers // problem.num_ranks
-    inner = (2 * layers,) * max(1, ranks - 2)
-    stages = Split(inner if ranks == 1 else (0, *inner, 0)[:ranks])
-    # What hides communication grows with the pipeline's time; twice the bound is more than any candidate of use takes.
-    return pipeline_s + step_end(work, stages, pipeline_s=2 * pipeline_s).total_s
+    return _with_end(work, pipeline_bound_s(problem))
+
+
+def likely_s(work: Work, problem: Problem) -> float:
+    """With stages as equal as can be.
+
+    The bubble is P - 1 micro-batches under 1F1B, (P - 1) / v under interleaved, (P - 1) / 6 under zbv.
+    """
+    fill = {ScheduleKind.ONE_F_ONE_B: 1, ScheduleKind.ZERO_BUBBLE: 6}.get(problem.schedule, problem.chunks)
+    ranks, share = problem.num_ranks, _once(problem) / problem.num_ranks
+    pipeline_s = problem.num_micro * max(share, _fullest(problem)) + (ranks - 1) / fill * share
+    return _with_end(work, pipeline_s)
 
 
 def pipeline_bound_s(problem: Problem) -> float:
     """No division of `problem` is faster."""
-    ends = problem.embedding, problem.head
-    once = sum(part.forward + part.backward for part in (*problem.units, *ends))
-    ranks, num_micro = problem.num_ranks, problem.num_micro
+    once, ranks, num_micro = _once(problem), problem.num_ranks, problem.num_micro
+    bound = max(once, num_micro * once / ranks, num_micro * _fullest(problem))
     if ranks > 1 and problem.schedule is ScheduleKind.ONE_F_ONE_B:
-        return once / (1.0 - (1.0 - 1.0 / num_micro) ** ranks)
-    return max(num_micro * once / ranks, once)
+        return max(bound, once / (1.0 - (1.0 - 1.0 / num_micro) ** ranks))
+    return bound
+
+
+def _fullest(problem: Problem) -> float:
+    """A micro-batch on the rank that has most of the heavier halves, at least."""
+    first, second = problem.units[::2], problem.units[1::2]
+    least = sorted(min(unit.forward + unit.backward for unit in half) for half in (first, second))
+    number = -(-len(first) // problem.num_ranks)
+    others = number if problem.whole_layers else max(0, number - problem.chunks)
+    return number * least[1] + others * least[0]
+
+
+def _once(problem: Problem) -> float:
+    """One micro-batch through everything and back."""
+    parts: list[Unit | End] = [*problem.units, problem.embedding, problem.head]
+    return sum(part.forward + part.backward for part in parts)
+
+
+def _with_end(work: Work, pipeline_s: float) -> float:
+    ranks, layers = work.division.pp, work.shape.num_layers // work.division.pp
+    inner = (2 * layers,) * max(1, ranks - 2)
+    stages = Split(inner if ranks == 1 else (0, *inner, 0)[:ranks])
+    # What hides communication grows with the pipeline's time; twice of it is more than any candidate of use takes.
+    return pipeline_s + step_end(work, stages, pipeline_s=2 * pipeline_s).total_s

@@ -1,9 +1,10 @@
 """The search over layouts: bound, divide exactly, rank.
 
-Candidates are taken in the order of their bounds. One that, by its bound, cannot matter is not divided (`Ranking`); all
-others get the solver's division of their layers, and its simulated time. So the best layout is the best of all
-candidates, as far as the solver's answers are optimal: exact for 1F1B, good ones with a proven gap for the other
-schedules. The runners-up are the best of each other division of the GPUs under 1F1B, or better where it was looked at.
+Candidates are taken in the order of what they would do with equal stages. One that cannot matter is not divided
+(`Ranking`); all others get the solver's division of their layers, and its simulated time. So the best layout is the
+best of all under 1F1B, whose bounds and divisions are exact; of the other schedules, of those that would be the best
+with equal stages. The runners-up are the best of each other division of the GPUs under 1F1B, or better where it was
+looked at.
 """
 
 from __future__ import annotations
@@ -78,13 +79,12 @@ class Searched:
 def search(asked: Asked) -> Searched:
     """Look at every legal layout."""
     legal = candidates(asked.config, asked.spec, asked.cluster, asked.sequences)
-    priced = sorted(price_all(asked, legal), key=lambda one: (one.bound_s, one.candidate))
+    priced = sorted(price_all(asked, legal), key=lambda one: (one.likely_s, one.candidate))
     ranking = Ranking(asked.config.top + 1)
     found: list[Found] = []
     refused: list[Refused] = []
     for one in priced:
-        if one.bound_s >= ranking.limit_s(one.candidate):
-            reason = f"at least {one.bound_s:.3g} s a step, however the layers are divided"
+        if (reason := ranking.against(one)) is not None:
             refused.append(Refused(priced=one, why="bound", reason=reason, best_s=one.bound_s))
             continue
         result = divide(one)
@@ -109,13 +109,21 @@ class Ranking:
         key = layout_key(found.candidate)
         self._best_s[key] = min(found.step_s, self._best_s.get(key, inf))
 
-    def limit_s(self, candidate: Candidate) -> float:
-        """1F1B: into the list of the best `top`, and better than the same ranks already do. Other schedules take the
-        solver longer and are of interest only where they could be the best of all."""
-        if candidate.schedule is not ScheduleKind.ONE_F_ONE_B:
-            return min(self._best_s.values(), default=inf)
+    def against(self, priced: Priced) -> str | None:
+        """Why nobody asks for `priced`; None when it may matter.
+
+        1F1B must, by its bound, be able to come into the list of the best `top`, and to be better than the same ranks
+        already do. Other schedules take the solver longer and are of interest only where they could be the best of
+        all, which is judged by what they do with equal stages.
+        """
+        if priced.candidate.schedule is not ScheduleKind.ONE_F_ONE_B:
+            if priced.likely_s < min(self._best_s.values(), default=inf):
+                return None
+            return f"{priced.likely_s:.3g} s a step with equal stages"
         listed = sorted(self._best_s.values())[self._top - 1] if len(self._best_s) >= self._top else inf
-        return min(listed, self._best_s.get(layout_key(candidate), inf))
+        if priced.bound_s < min(listed, self._best_s.get(layout_key(priced.candidate), inf)):
+            return None
+        return f"at least {priced.bound_s:.3g} s a step, however the layers are divided"
 
 
 def layout_key(candidate: Candidate) -> tuple[object, ...]:

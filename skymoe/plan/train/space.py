@@ -58,7 +58,7 @@ def usual_sequences(num_gpus: int) -> int:
     odd = num_gpus
     while odd % 2 == 0:
         odd //= 2
-    return odd * 2 ** max(0, round(math.log2(USUAL_SEQUENCES / odd)))
+    return odd << max(0, round(math.log2(USUAL_SEQUENCES / odd)))
 
 
 def candidates(config: PlanTrainConfig, spec: ModelSpec, cluster: Cluster, sequences: int) -> list[Candidate]:
@@ -69,18 +69,14 @@ def candidates(config: PlanTrainConfig, spec: ModelSpec, cluster: Cluster, seque
         spec: the model.
         cluster: the machine.
         sequences: of a step.
-
-    Raises:
-        ConfigError: there is none; the message says which change would make one.
     """
-    found = [
+    return [
         candidate
         for pp, dp, tp in _divisions(config, spec, cluster)
         for expert, dispatch in _expert_ways(config, spec, dp, tp)
         for schedule, chunks in _schedules(config, spec, pp)
         for candidate in _micro_batches(config, sequences, pp, dp, tp, expert, dispatch, schedule, chunks)
     ]
-    return found
 
 
 def units_of(config: PlanTrainConfig, spec: ModelSpec) -> int:

@@ -1,4 +1,4 @@
-"""The human form of a TrainPlan: the answer first, then the stages, what limits it, who came next, how far to trust it."""
+"""The human form of a TrainPlan: the answer first, then stages, what limits it, who came next, how far to trust it."""
 
 from __future__ import annotations
 
@@ -91,12 +91,15 @@ def _limits(report: TrainPlan) -> Table:
 
 
 def _rows(title: str, rows: Sequence[Row], last: str) -> Table:
-    table = _table(title, ("layout", "tokens/s per GPU", "memory GB", "run again", last))
-    table.columns[-1].justify = "left"
+    columns = ("pp x dp x tp", "experts", "batch", "schedule", "tokens/s", "GB", "run again", last)
+    table = _table(title, columns)
+    for index in (1, 3, -1):
+        table.columns[index].justify = "left"
     for row in rows:
+        one = row.layout
         table.add_row(
-            row.layout.words, f"{row.tokens_per_s_per_gpu:,.4g}", f"{row.memory_gb:.1f}",
-            str(sum(row.recompute) or ""), row.reason,
+            f"{one.pp} x {one.dp} x {one.tp}", f"{one.expert}/{one.dispatch}", str(one.micro_batch), one.schedule_words,
+            f"{row.tokens_per_s_per_gpu:,.4g}", f"{row.memory_gb:.1f}", str(sum(row.recompute) or ""), row.reason,
         )  # fmt: skip
     return table
 
