@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -41,6 +42,7 @@ def pipeline(
         bool | None, typer.Option("--vocabulary-parallel", help="Divide embedding and head over all ranks.")
     ] = None,
     draw: Annotated[bool, typer.Option("--draw", help="Draw both timelines in the terminal.")] = False,
+    svg: Annotated[Path | None, typer.Option(help="Draw both timelines into this file.")] = None,
     extra: Extra = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -68,6 +70,12 @@ def pipeline(
     from skymoe.plan.pipeline.table import show
 
     report = run(config)
+    if svg is not None:
+        from skymoe.base.files import machine_errors, write_atomic
+        from skymoe.plan.pipeline.drawn import report_svg
+
+        with machine_errors(svg):
+            write_atomic(svg, report_svg(report).encode())
     if as_json:
         print_json(report.as_json())
         return

@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from skymoe.plan.draw.panel import Panel
+from skymoe.plan.draw.svg import timeline_svg
 from skymoe.plan.draw.words import figures
 from skymoe.plan.pipeline.loads import loads_of
 from skymoe.plan.pipeline.problem import Answer, Problem
+from skymoe.plan.pipeline.run import PipelineReport
 from skymoe.plan.pipeline.schedule import key_of, order_of_key, ranks_of
 from skymoe.plan.simulator import simulate
 from skymoe.plan.timeline import Timeline
@@ -21,6 +23,13 @@ from skymoe.spec.layout import ScheduleKind
 def panels_of(problem: Problem, answers: Mapping[str, Answer], unit: str = "") -> list[Panel]:
     """One panel per answer; `unit` is that of times, "" for abstract ones."""
     return [_panel(problem, answer, title, unit) for title, answer in answers.items()]
+
+
+def report_svg(report: PipelineReport) -> str:
+    """Both divisions of a report as one SVG file."""
+    answers = {"uniform": report.uniform.answer, "planned": report.planned.answer}
+    what = f"{len(report.problem.units)} units on {report.problem.num_ranks} ranks, {report.problem.schedule}"
+    return timeline_svg(panels_of(report.problem, answers), title=f"{what}: uniform | planned") + "\n"
 
 
 def timeline_of(problem: Problem, answer: Answer) -> Timeline:
