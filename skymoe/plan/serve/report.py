@@ -38,8 +38,8 @@ class BatchPoint:
 
     Attributes:
         batch: sequences at a time.
-        fits: whether so many finished requests have room.
-        sequence_tokens: mean length at which they are decoded; shorter than the workload's where that does not fit.
+        fits: whether so many finished requests have room; if not, the figures are what they would give with more.
+        sequence_tokens: mean length at which they are decoded.
         step_s: of decoding alone: the time between two tokens of a sequence.
         tokens_per_s: batch / step_s.
         mixed_tokens_per_s: output tokens when prompts of new requests share the steps.

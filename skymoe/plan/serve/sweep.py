@@ -25,8 +25,7 @@ def sweep(setting: Setting, workload: Workload, kv_tokens: int, batches: Sequenc
 
 def _point(setting: Setting, workload: Workload, kv_tokens: int, batch: int) -> BatchPoint:
     fits = batch * workload.length <= kv_tokens
-    mean = workload.prompt + workload.output / 2
-    length = mean if fits else min(mean, kv_tokens / batch)
+    length = workload.prompt + workload.output / 2
     parts = step_s(setting, Load(decode=batch, context=length))
     step = sum(parts.values())
     period = period_s((setting,), workload, batch)

@@ -74,7 +74,7 @@ def _sweep(report: ServeReport) -> Table:
     table = _table(["batch", "step ms", "decoding tok/s", "with prompts tok/s", "gap ms", "first ms", ""])
     for point in report.sweep:
         mark = "best" if point.batch == report.best_batch else ""
-        mark = mark if point.fits else f"no room (at {point.sequence_tokens:.0f})"
+        mark = mark if point.fits else "no room"
         table.add_row(
             f"{point.batch}", f"{point.step_s * 1e3:.1f}", f"{point.tokens_per_s:,.0f}",
             f"{point.mixed_tokens_per_s:,.0f}" if point.fits else "", f"{point.inter_token_s * 1e3:.1f}",
