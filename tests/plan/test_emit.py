@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from skymoe.base.errors import ConfigError
@@ -43,6 +43,7 @@ def test_the_reader_reads_megatrons_own_example() -> None:
 
 
 @given(st.integers(0, 9), st.lists(st.integers(1, 7), max_size=40), st.integers(0, 9))
+@settings(deadline=None)
 def test_round_trip(first: int, inner: list[int], last: int) -> None:
     stages = read_megatron(layout_string([first, *inner, last]))
     assert stages == ["E" + "t" * first, *("t" * count for count in inner), "t" * last + "L"]
@@ -104,6 +105,7 @@ def test_cuts_within_layers_are_rounded_and_said() -> None:
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=12))
+@settings(deadline=None)
 def test_rounding(halves: list[int]) -> None:
     if sum(halves) % 2:
         halves[0] += 1

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 from typer.testing import CliRunner
@@ -50,6 +50,7 @@ def test_what_is_no_count(written: object) -> None:
 
 
 @given(st.floats(1, 9e15))
+@settings(deadline=None)
 def test_counts_are_written_as_they_are_read(number: float) -> None:
     assert parse_count(count_words(number)) == pytest.approx(number, rel=1e-3)
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -20,7 +20,7 @@ from skymoe.plan.memory.alive import alive_counts, vocabulary_alive, worst_momen
 from skymoe.plan.memory.model import rank_memory, sizes
 from skymoe.plan.memory.runtime import PLAIN, SKYMOE, runtime_of
 from skymoe.plan.memory.sizes import RankMemory
-from skymoe.plan.orders import one_f_one_b
+from skymoe.plan.orders import interleaved, one_f_one_b, zbv
 from skymoe.plan.shape import AttentionShape, FfnShape, LayerShape, ModelShape, shape_of
 from skymoe.plan.work import Division, Recompute, Work
 from skymoe.spec.layout import DispatchMode, ScheduleKind
@@ -218,6 +218,17 @@ def test_layers_run_again_leave_their_input() -> None:
     assert cut[1].activations == stream + 2 * layer + sizes(work).head.activation  # its half layer is run again, too
 
 
+def test_full_recomputation_keeps_one_input_per_stage_and_layer() -> None:
+    work = work_of(gpt(4, 256, 4), Division(pp=2, dp=1, tp=1), 128, recompute=Recompute.FULL)
+    stream = 128 * 256 * 2
+    whole, cut = one(work, (4, 4), (0, 0)), one(work, (3, 5), (0, 0))
+    assert whole[0].activations == cut[0].activations == 2 * 2 * stream
+    head = sizes(work).head.activation
+    assert (whole[1].activations, cut[1].activations) == (2 * stream + head, 3 * stream + head)
+    again = replace(work, recompute=Recompute.NONE)
+    assert one(again, (4, 4), (2, 2))[0].activations == whole[0].activations
+
+
 def test_alive_may_be_said() -> None:
     work = work_of(gpt(4, 256, 4), Division(pp=2, dp=1, tp=1), 128)
     twice, own = one(work, (4, 4), (0, 0), alive=(4, 2)), one(work, (4, 4), (0, 0))
@@ -242,15 +253,23 @@ def test_alive_1f1b(pp: int, micro: int) -> None:
 
 
 @given(pp=st.integers(2, 6), chunks=st.integers(2, 4), rounds=st.integers(1, 6))
+@settings(deadline=None)
 def test_alive_interleaved(pp: int, chunks: int, rounds: int) -> None:
     """2 (P - s - 1) + (V - 1) P + 1 chunks, as many as there are; the same for any number of micro-batches above."""
     counts = alive_counts(ScheduleKind.INTERLEAVED, pp, pp * chunks, rounds * pp)
     for rank, moments in enumerate(counts):
         most = min(2 * (pp - rank - 1) + (chunks - 1) * pp + 1, chunks * rounds * pp)
         assert max(sum(moment) for moment in moments) == most
-    assert alive_counts(ScheduleKind.INTERLEAVED, pp, pp * chunks, 50 * pp) == alive_counts(
-        ScheduleKind.INTERLEAVED, pp, pp * chunks, 4 * pp
-    )
+    longer = [worst_moments(tasks) for tasks in interleaved(pp, chunks, (rounds + 3) * pp)]
+    assert list(alive_counts(ScheduleKind.INTERLEAVED, pp, pp * chunks, (rounds + 3) * pp)) == longer
+
+
+@given(pp=st.integers(2, 6), extra=st.integers(0, 30))
+@settings(deadline=None)
+def test_alive_zbv_is_settled_after_three_rounds(pp: int, extra: int) -> None:
+    kind = ScheduleKind.ZERO_BUBBLE
+    moments = [worst_moments(tasks) for tasks in zbv(pp, 3 * pp + extra)]
+    assert list(alive_counts(kind, pp, 2 * pp, 3 * pp + extra)) == moments
 
 
 def test_alive_zbv() -> None:

@@ -27,7 +27,7 @@ def alive_counts(schedule: ScheduleKind, pp: int, num_stages: int, num_micro: in
         return (worst_moments(one_rank(num_stages, 1)[0]),)
     if schedule is ScheduleKind.ONE_F_ONE_B:
         return tuple(((min(pp - rank, num_micro),),) for rank in range(pp))
-    enough = min(num_micro, 4 * pp)  # from there on the order repeats itself
+    enough = min(num_micro, 3 * pp)  # warm-up takes at most two rounds; then rounds repeat
     if schedule is ScheduleKind.ZERO_BUBBLE:
         return tuple(worst_moments(tasks) for tasks in zbv(pp, enough))
     whole = enough if enough < pp else -(-enough // pp) * pp

@@ -85,7 +85,9 @@ def _stage(sizes: Sizes, stages: Split, stage: int, again: int) -> _Stage:
             transient, kept = max(transient, runs - kept), kept + checkpoint
             continue
         for half in reversed(halves):
-            transient, kept = max(transient, half.transient - kept), kept + half.activation
+            # A half that is alone in its stage keeps its input, also where a whole layer would keep only the first's.
+            own = half.activation if len(halves) == 2 else max(half.activation, half.checkpoint)
+            transient, kept = max(transient, half.transient - kept), kept + own
     ends = [sizes.head] if is_last else []
     if stage == 0:
         ends.append(sizes.embedding)
