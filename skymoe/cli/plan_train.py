@@ -70,7 +70,6 @@ def train(
     print_json(report.as_json()) if as_json else show(report, standard_output())
     if config.save or config.html or config.out:
         from skymoe.plan.train.files import write_files
-        from skymoe.plan.train.page import plan_page
 
-        for path in write_files(config, report, plan_page):
+        for path in write_files(config, report):
             logger.info(f"wrote {path}")

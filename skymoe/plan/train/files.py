@@ -11,17 +11,17 @@ from skymoe.base.errors import ConfigError
 from skymoe.base.files import machine_errors, write_atomic
 from skymoe.plan.train.config import PlanTrainConfig
 from skymoe.plan.train.expected import expected_of, layout_of
+from skymoe.plan.train.page import plan_page
 from skymoe.plan.train.result import TrainPlan
 from skymoe.spec.plan_file import Plan, write_plan
 
 
-def write_files(config: PlanTrainConfig, report: TrainPlan, page: Callable[[TrainPlan], str]) -> tuple[Path, ...]:
+def write_files(config: PlanTrainConfig, report: TrainPlan) -> tuple[Path, ...]:
     """Write what `config` asks for; the directory `out` gets all of it.
 
     Args:
         config: with paths.
         report: what is written.
-        page: draws the report.
 
     Returns:
         The files.
@@ -42,7 +42,7 @@ def write_files(config: PlanTrainConfig, report: TrainPlan, page: Callable[[Trai
             why="skymoe train runs whole layers again", hint="--recompute auto",
         )  # fmt: skip
     writers += [(path, partial(write_plan, _plan(report))) for path in saves]
-    drawn = page(report) if any(pages) else ""
+    drawn = plan_page(report) if any(pages) else ""
     writers += [(path, lambda path: write_atomic(path, drawn.encode())) for path in pages]
     wanted = [(path, write) for path, write in writers if path is not None]
     for path, write in wanted:
