@@ -1,7 +1,7 @@
 """The laws against measured products and collectives, and their own algebra."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from skymoe.plan.cost.collectives import Group, exposed
@@ -57,6 +57,7 @@ def test_all_to_alls_between_nodes_are_predicted():
     assert size / Group(cluster_of("b200", 8), 8).all_to_all(size) / 1e9 == pytest.approx(733, rel=0.05)
 
 
+@settings(deadline=None)
 @given(m=st.integers(1, 10**5), k=st.integers(1, 10**5), n=st.integers(1, 10**5), precision=st.sampled_from(Precision))
 def test_no_product_beats_the_machine(m, k, n, precision):
     gpu = find_gpu("b200")
@@ -65,6 +66,7 @@ def test_no_product_beats_the_machine(m, k, n, precision):
     assert seconds >= (m * k + k * n) * 0.5 / gpu.bandwidth
 
 
+@settings(deadline=None)
 @given(ranks=st.integers(2, 512), stride=st.integers(1, 64), size=st.floats(1, 1e12))
 def test_collectives_are_consistent(ranks, stride, size):
     group = Group(cluster_of("h100-80g", 65_536), ranks, stride)
@@ -90,6 +92,7 @@ def test_a_gather_over_nodes_uses_the_cards_of_all_members():
     assert Group(cluster, 2, 2).all_gather(1e10) == pytest.approx(2 * Group(cluster, 4).all_gather(1e10), rel=0.01)
 
 
+@settings(deadline=None)
 @given(communication=st.floats(0, 10), cover=st.floats(0, 10))
 def test_cover_hides_but_not_for_free(communication, cover):
     added = exposed(communication, cover)

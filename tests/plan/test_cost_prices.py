@@ -3,11 +3,13 @@
 from dataclasses import replace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from skymoe.plan.cost.bill import Frame
 from skymoe.plan.cost.ffn import dispatch_s
-from skymoe.plan.cost.model import prices
-from skymoe.plan.hardware.catalogue import cluster_of
+from skymoe.plan.cost.model import prices, step_end
+from skymoe.plan.hardware.catalogue import cluster_of, gpu_names
 from skymoe.plan.hardware.gpu import Cluster, Link, Precision
 from skymoe.plan.shape import AttentionShape, FfnShape, LayerShape, ModelShape, shape_of
 from skymoe.plan.work import Division, Recompute, Work
@@ -222,3 +224,32 @@ def test_equal_layers_share_one_price():
     listed = prices(moe_work()[0])
     assert len(listed.halves) == 104
     assert len({id(price) for price in listed.halves}) == 2
+
+
+@settings(deadline=None)
+@given(
+    tp=st.integers(1, 96),
+    dp=st.integers(1, 64),
+    cp=st.integers(1, 16),
+    ep=st.integers(1, 64),
+    micro_batch=st.integers(1, 16),
+    gpu=st.sampled_from(gpu_names()),
+    precision=st.sampled_from(Precision),
+    dispatch=st.sampled_from(DispatchMode),
+    name=st.sampled_from(["skywork-moe", "qwen3-30b-a3b", "llama-3-8b"]),
+)
+def test_any_division_has_finite_positive_prices(tp, dp, cp, ep, micro_batch, gpu, precision, dispatch, name):
+    """The impossible (more ranks than heads, than experts) is refused elsewhere, not by a crash here."""
+    division = Division(pp=2, dp=dp, tp=tp, cp=cp, ep=ep, dispatch=dispatch, zero_stage=3 if dp % 2 else 1)
+    shape = shape_of(preset(name))
+    work = Work(
+        shape=shape, division=division, cluster=cluster_of(gpu, division.world_size), sequence_length=4096,
+        micro_batch=micro_batch, num_micro=4, precision=precision,
+    )  # fmt: skip
+    listed = prices(work)
+    end = step_end(work, Split.remainder_first(2 * shape.num_layers, 2), pipeline_s=1.0)
+    for price in (*listed.halves[:2], listed.embedding, listed.head):
+        assert 0 < price.forward_s < 1e6
+        assert 0 < price.backward_s < 1e6
+    assert 0 <= listed.hop_s < 1e3
+    assert 0 < end.total_s < 1e6
