@@ -8,7 +8,17 @@ import re
 from html.parser import HTMLParser
 
 from skymoe.plan.draw.page import (
-    Card, Page, Section, code, folded, html_page, memory_section, paragraph, points_section, rows, said,
+    Card,
+    Page,
+    Section,
+    code,
+    folded,
+    html_page,
+    memory_section,
+    paragraph,
+    points_section,
+    rows,
+    said,
     schedule_section,
 )  # fmt: skip
 from skymoe.plan.draw.panel import Bars, Panel, Point

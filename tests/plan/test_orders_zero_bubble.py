@@ -15,6 +15,7 @@ from skymoe.plan.zero_bubble import zb_h1, zb_h2, zero_bubble_order
 
 # Table 6, profiled: model, stages p, micro-batches m, T_F, T_B, T_W, T_comm. The memory that W needs, of what B needs,
 # is 32 / (34 + 5 a s / h) (table 1). Beside them table 5, calculated from those: 1F1B, ZB-H1, ZB-H2, ZB-1p, ZB-2p.
+SLOW = pytest.mark.slow
 SCORES_1_5B, SCORES = 32 / (34 + 5 * 24 * 1024 / 2304), 32 / 74
 TABLE_5_AND_6 = [
     ((8, 24, 18.522, 18.086, 9.337, 0.601, SCORES_1_5B), (0.2431, 0.1585, 0.1083, 0.1585, 0.0433)),
@@ -23,6 +24,11 @@ TABLE_5_AND_6 = [
     ((8, 24, 29.718, 29.444, 19.927, 0.527, SCORES), (0.2347, 0.1323, 0.0698, 0.1323, 0.0029)),
     ((8, 64, 29.935, 29.621, 19.388, 0.535, SCORES), (0.1091, 0.0554, 0.0294, 0.0554, 0.0010)),
     ((16, 48, 11.347, 11.248, 8.132, 0.377, SCORES), (0.2552, 0.1397, 0.0672, 0.1397, 0.0066)),
+    pytest.param((8, 32, 29.802, 29.428, 19.530, 0.577, SCORES), (0.1898, 0.1045, 0.0559, 0.1045, 0.0022), marks=SLOW),
+    pytest.param((16, 128, 11.325, 11.308, 8.109, 0.378, SCORES), (0.1251, 0.0576, 0.0266, 0.0576, 0.0028), marks=SLOW),
+    pytest.param((32, 96, 10.419, 10.207, 7.715, 0.408, SCORES), (0.2646, 0.1421, 0.0641, 0.1421, 0.0038), marks=SLOW),
+    pytest.param((32, 128, 10.408, 10.204, 7.703, 0.408, SCORES), (0.2168, 0.1106, 0.0490, 0.1106, 0.0029), marks=SLOW),
+    pytest.param((32, 256, 10.402, 10.248, 7.698, 0.460, SCORES), (0.1352, 0.0594, 0.0257, 0.0594, 0.0018), marks=SLOW),
     ((16, 64, 11.307, 11.254, 8.101, 0.379, SCORES), (0.2082, 0.1088, 0.0516, 0.1088, 0.0054)),
 ]
 
