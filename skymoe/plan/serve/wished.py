@@ -82,5 +82,6 @@ def replicated(served: Served, gpus: Sequence[Gpu], rooms: Sequence[float], wish
     base = filled(served, base, units, [[g] for g in range(len(gpus))], (0,) * len(gpus), ffn)
     return replace(
         base, heads=tuple(heads), kv_heads=tuple(kv), mean_heads=tuple(map(float, heads)),
-        mean_kv_heads=tuple(map(float, kv)), rotated=False, replicas=max(sum(1 for g in team if heads[g]) for team in teams),
+        mean_kv_heads=tuple(map(float, kv)), rotated=False,
+        replicas=max(sum(1 for g in team if heads[g]) for team in teams),
     )  # fmt: skip
