@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from skymoe.base.errors import ConfigError
 from skymoe.plan.pipeline.loads import layers_of, loads_of, peak_memory
 from skymoe.plan.pipeline.makespan import makespan_of
-from skymoe.plan.pipeline.problem import Answer, Certificate, Problem
+from skymoe.plan.pipeline.problem import SLACK, Answer, Certificate, Problem
 from skymoe.plan.pipeline.schedule import check_schedule, ranks_of
 from skymoe.spec.split import Split
 
@@ -42,7 +43,7 @@ def evaluate(problem: Problem, stages: Split, recompute: Sequence[int], certific
 
 def fits(problem: Problem, answer: Answer) -> bool:
     """Whether every rank's peak is within the problem's memory."""
-    return problem.memory is None or max(answer.memory) <= problem.memory
+    return problem.memory is None or max(answer.memory) <= problem.memory * (1 + SLACK)
 
 
 def uniform(problem: Problem) -> Answer:
@@ -60,9 +61,10 @@ def uniform(problem: Problem) -> Answer:
         counts = Split((0, *counts.sizes[:-2], 0))
     sizes = tuple(sum(pieces[part.start : part.stop]) for part in counts)
     stages, most = Split(sizes), max(_num_layers(problem, sizes))
+    limit = math.inf if problem.memory is None else problem.memory * (1 + SLACK)
     for again in range(most + 1 if problem.recompute else 1):
         recompute = [min(again, count) for count in _num_layers(problem, sizes)]
-        if problem.memory is None or max(peak_memory(problem, loads_of(problem, sizes, recompute))) <= problem.memory:
+        if max(peak_memory(problem, loads_of(problem, sizes, recompute))) <= limit:
             break
     return evaluate(problem, stages, recompute)
 

@@ -19,11 +19,11 @@ from skymoe.plan.pipeline.front import fronts
 from skymoe.plan.pipeline.infeasible import nothing_fits
 from skymoe.plan.pipeline.load_bound import load_bound
 from skymoe.plan.pipeline.polish import Path, polish
-from skymoe.plan.pipeline.problem import Answer, Certificate, Problem
+from skymoe.plan.pipeline.problem import SLACK, Answer, Certificate, Problem
 from skymoe.plan.pipeline.reach import around_even, reachable
 from skymoe.plan.pipeline.relaxed import Relaxed, relax
 from skymoe.plan.pipeline.search import Found, search, simulate_paths
-from skymoe.plan.pipeline.tables import SLACK, Tables
+from skymoe.plan.pipeline.tables import Tables
 from skymoe.spec.split import Split
 
 BUDGET = 4000

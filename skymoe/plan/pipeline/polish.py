@@ -7,10 +7,9 @@ even, heavy stages early. The result is the same on every machine.
 
 from __future__ import annotations
 
-from skymoe.plan.pipeline.problem import Problem
+from skymoe.plan.pipeline.problem import SLACK, Problem
 from skymoe.plan.pipeline.relaxed import Relaxed
 from skymoe.plan.pipeline.search import simulate_paths
-from skymoe.plan.pipeline.tables import SLACK
 
 _ROUNDS = 64
 

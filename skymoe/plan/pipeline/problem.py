@@ -18,6 +18,9 @@ from dataclasses import dataclass
 from skymoe.spec.layout import ScheduleKind
 from skymoe.spec.split import Split
 
+SLACK = 1e-9
+"""Relative: amounts of time or memory that are nearer are the same."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Unit:

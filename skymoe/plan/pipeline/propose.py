@@ -22,9 +22,8 @@ from skymoe.plan.pipeline.infeasible import rounded_up
 from skymoe.plan.pipeline.load_bound import load_bound
 from skymoe.plan.pipeline.loads import stage_ends
 from skymoe.plan.pipeline.makespan import makespans
-from skymoe.plan.pipeline.problem import Answer, Certificate, Problem
+from skymoe.plan.pipeline.problem import SLACK, Answer, Certificate, Problem
 from skymoe.plan.pipeline.ranks import Cuts, Ranks
-from skymoe.plan.pipeline.tables import SLACK
 from skymoe.spec.split import Split
 
 WORK = 2 * 10**7

@@ -12,9 +12,8 @@ from collections.abc import Iterable, Sequence
 from itertools import product
 
 from skymoe.plan.pipeline.loads import Load, layers_of, stage_load
-from skymoe.plan.pipeline.problem import Problem
+from skymoe.plan.pipeline.problem import SLACK, Problem
 from skymoe.plan.pipeline.schedule import moments_of, ranks_of
-from skymoe.plan.pipeline.tables import SLACK
 
 _COMBINATIONS = 256
 

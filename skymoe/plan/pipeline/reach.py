@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 
 from skymoe.plan.pipeline.loads import stage_ends
-from skymoe.plan.pipeline.problem import Problem
-from skymoe.plan.pipeline.tables import SLACK, Tables
+from skymoe.plan.pipeline.problem import SLACK, Problem
+from skymoe.plan.pipeline.tables import Tables
 
 _WIDTH = 8
 

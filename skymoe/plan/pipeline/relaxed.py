@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from skymoe.plan.pipeline.bound import stage_bound
-from skymoe.plan.pipeline.problem import Problem
-from skymoe.plan.pipeline.tables import SLACK, Array, Block, Tables
+from skymoe.plan.pipeline.problem import SLACK, Problem
+from skymoe.plan.pipeline.tables import Array, Block, Tables
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 Stages are chosen from the first to the last, the most promising beginning first. A beginning leaves the stages behind
 it two conditions: their `bound` must stay below what is left of the best makespan, and their `rest` below what the
-chosen stages can wait (`largest_rest`). The fronts tell at once whether any division of the remaining units meets both, so no
-beginning is followed that leads nowhere. If the budget ends first, the least bound that was not followed is proven.
+chosen stages can wait (`largest_rest`). The fronts tell at once whether any division of the remaining units meets both,
+so no beginning is followed that leads nowhere. If the budget ends first, the least bound that was not followed is
+proven.
 """
 
 from __future__ import annotations
@@ -18,9 +19,8 @@ from numpy.typing import NDArray
 from skymoe.plan.pipeline.bound import largest_rest, stage_bound
 from skymoe.plan.pipeline.front import Front
 from skymoe.plan.pipeline.makespan import one_f_one_b_makespans
-from skymoe.plan.pipeline.problem import Problem
+from skymoe.plan.pipeline.problem import SLACK, Problem
 from skymoe.plan.pipeline.relaxed import Relaxed
-from skymoe.plan.pipeline.tables import SLACK
 
 _BATCH = 32
 """Divisions that are simulated together."""

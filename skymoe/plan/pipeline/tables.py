@@ -17,13 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from skymoe.plan.pipeline.loads import layers_of, stage_ends
-from skymoe.plan.pipeline.problem import Problem
+from skymoe.plan.pipeline.problem import SLACK, Problem
 
 Array = NDArray[np.float64]
 Index = NDArray[np.intp]
-
-SLACK = 1e-9
-"""Relative: what is nearer is the same."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,93 @@
+"""`skymoe plan pipeline` as a user meets it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from skymoe.base.errors import ConfigError
+from skymoe.cli.plan import app
+from skymoe.plan.pipeline.config import read_amounts
+
+FIGURE_6 = ["--forward", "1x24", "--backward", "2", "--microbatches", "48", "--head-forward", "0.666666666"]
+FIGURE_6 += ["--head-backward", "1.333333333"]
+
+
+def answer(*options: str) -> dict[str, Any]:
+    result = CliRunner().invoke(app, ["pipeline", *options, "--json"], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+@pytest.mark.parametrize(("stages", "split", "period"), [("4", [6] * 4, 20), ("5", [5, 5, 5, 5, 4], 15)])
+def test_figure_6(stages: str, split: list[int], period: float) -> None:
+    found = answer(*FIGURE_6, "--stages", stages)
+    assert found["split"] == split and found["recompute"] == [0] * int(stages)
+    assert found["period"] == pytest.approx(period)
+    assert found["certificate"]["optimal"] and found["certificate"]["gap"] == 0
+    assert found["gain_vs_uniform"] == pytest.approx(0)
+    assert found["vocabulary_parallel"]["gain"] == pytest.approx(
+        found["makespan"] / found["vocabulary_parallel"]["makespan"] - 1
+    )
+
+
+def test_the_documented_keys() -> None:
+    memory = ["--activation", "1", "--checkpoint", "0.1", "--static", "1", "--memory", "20"]
+    found = answer(*FIGURE_6, "--stages", "4", *memory)
+    keys = {"split", "recompute", "makespan", "bubble_fraction", "period", "memory", "fits"}
+    assert keys <= set(found) and keys == set(found["uniform"])
+    assert max(found["memory"]) <= 20 and found["fits"]
+    assert found["makespan"] < found["uniform"]["makespan"]
+    assert found["gain_vs_uniform"] == pytest.approx(found["uniform"]["makespan"] / found["makespan"] - 1)
+    busy = sum(found["busy"]) / (4 * found["makespan"])
+    assert found["bubble_fraction"] == pytest.approx(1 - busy)
+    parallel = answer(*FIGURE_6, "--stages", "4", "--vocabulary-parallel")
+    assert parallel["stage_forward"] == pytest.approx([6 + 2 / 12] * 4)
+
+
+def test_halves_and_schedules() -> None:
+    halves = ["--forward", "0.4,0.6x1,0.4,0.6", "--backward", "1", "--halves", "--stages", "3", "--microbatches", "6"]
+    assert answer(*halves)["split"] == [2, 1, 1]
+    assert sorted(answer(*halves, "--whole-layers")["split"]) == [0, 2, 2]
+    zbv = answer("--forward", "1x8", "--backward", "2", "--weight", "1", "--stages", "2", "--microbatches", "8",
+                 "--schedule", "zbv")  # fmt: skip
+    assert len(zbv["split"]) == 4 and zbv["chunks"] == 2 and len(zbv["memory"]) == 2
+
+
+def test_the_table_has_both_divisions_and_the_proof() -> None:
+    result = CliRunner().invoke(app, ["pipeline", *FIGURE_6, "--stages", "5", "--draw"], catch_exceptions=False)
+    assert result.exit_code == 0
+    for words in ("planned", "uniform", "with vocabulary parallelism", "Proven optimal", "F forward"):
+        assert words in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--forward", "1x24", "--backward", "2", "--stages", "27"], "at most 26 ranks"),
+        (["--forward", "1x24", "--backward", "-2", "--stages", "4"], "backward"),
+        (["--forward", "1,1", "--backward", "2,2,2", "--stages", "2"], "3 values for 2 units"),
+        (["--forward", "1x5000", "--backward", "2", "--stages", "2"], "more than 4096 units"),
+        (["--forward", "1x", "--backward", "2", "--stages", "2"], "VALUExCOUNT"),
+        (["--forward", "one", "--backward", "2", "--stages", "2"], "expected a number"),
+        (["--forward", "inf", "--backward", "2", "--stages", "2"], "finite"),
+        (["--forward", "1x24", "--backward", "2", "--stages", "4", "--schedule", "gpipe"], "1f1b"),
+        (
+            ["--forward", "1x24", "--backward", "2", "--stages", "4", "--activation", "1", "--memory", "0.5"],
+            "memory of 1",
+        ),
+    ],
+)
+def test_the_impossible_is_refused_with_a_way_out(options: list[str], said: str) -> None:
+    result = CliRunner().invoke(app, ["pipeline", *options, "--microbatches", "8"])
+    assert isinstance(result.exception, ConfigError) and result.exception.exit_code == 2
+    assert said in str(result.exception)
+
+
+def test_lists() -> None:
+    assert read_amounts("1, 2x3 ,1e-1", "x") == [1.0, 2.0, 2.0, 2.0, 0.1]
+    with pytest.raises(ConfigError, match="more than 4096"):
+        read_amounts("1x4000,2x97", "x")
