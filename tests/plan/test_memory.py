@@ -1,30 +1,19 @@
-"""Bytes against equations of papers, published measurements and autograd itself."""
+"""Bytes against equations of papers and published measurements."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 import pytest
-import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor
 
-from skymoe.model.batch import BatchInfo
-from skymoe.model.block import Block
-from skymoe.model.inputs import attention_inputs
-from skymoe.ops.experts import ExpertsBackend
 from skymoe.plan.hardware.catalogue import cluster_of
-from skymoe.plan.hardware.gpu import Precision
-from skymoe.plan.memory.alive import alive_counts, vocabulary_alive, worst_moments
+from skymoe.plan.memory.alive import alive_counts
 from skymoe.plan.memory.model import rank_memory, sizes
-from skymoe.plan.memory.runtime import PLAIN, SKYMOE, runtime_of
+from skymoe.plan.memory.runtime import PLAIN
 from skymoe.plan.memory.sizes import RankMemory
-from skymoe.plan.orders import interleaved, one_f_one_b, zbv
 from skymoe.plan.shape import AttentionShape, FfnShape, LayerShape, ModelShape, shape_of
 from skymoe.plan.work import Division, Recompute, Work
 from skymoe.spec.layout import DispatchMode, ScheduleKind
-from skymoe.spec.model import ModelSpec, MoESpec
 from skymoe.spec.presets import preset
 from skymoe.spec.split import Split
 
@@ -245,44 +234,6 @@ def test_transients_meet_what_is_not_let_go_yet() -> None:
     assert first.transient == sizes(work).embedding.transient - kept > 0
 
 
-@pytest.mark.parametrize(("pp", "micro"), [(1, 3), (2, 1), (4, 9), (5, 3)])
-def test_alive_1f1b(pp: int, micro: int) -> None:
-    counts = alive_counts(ScheduleKind.ONE_F_ONE_B, pp, pp, micro)
-    assert counts == tuple(worst_moments(tasks) for tasks in one_f_one_b(pp, micro))
-    assert counts == tuple(((min(pp - rank, micro),),) for rank in range(pp))
-
-
-@given(pp=st.integers(2, 6), chunks=st.integers(2, 4), rounds=st.integers(1, 6))
-@settings(deadline=None)
-def test_alive_interleaved(pp: int, chunks: int, rounds: int) -> None:
-    """2 (P - s - 1) + (V - 1) P + 1 chunks, as many as there are; the same for any number of micro-batches above."""
-    counts = alive_counts(ScheduleKind.INTERLEAVED, pp, pp * chunks, rounds * pp)
-    for rank, moments in enumerate(counts):
-        most = min(2 * (pp - rank - 1) + (chunks - 1) * pp + 1, chunks * rounds * pp)
-        assert max(sum(moment) for moment in moments) == most
-    longer = [worst_moments(tasks) for tasks in interleaved(pp, chunks, (rounds + 3) * pp)]
-    assert list(alive_counts(ScheduleKind.INTERLEAVED, pp, pp * chunks, (rounds + 3) * pp)) == longer
-
-
-@given(pp=st.integers(2, 6), extra=st.integers(0, 30))
-@settings(deadline=None)
-def test_alive_zbv_is_settled_after_three_rounds(pp: int, extra: int) -> None:
-    kind = ScheduleKind.ZERO_BUBBLE
-    moments = [worst_moments(tasks) for tasks in zbv(pp, 3 * pp + extra)]
-    assert list(alive_counts(kind, pp, 2 * pp, 3 * pp + extra)) == moments
-
-
-def test_alive_zbv() -> None:
-    """Zero bubble in a V: every rank has at most 2 P half-stages alive, as 1F1B's first rank (Qi et al. 2024, 6)."""
-    counts = alive_counts(ScheduleKind.ZERO_BUBBLE, 4, 8, 16)
-    assert [max(sum(moment) for moment in moments) for moments in counts] == [8, 8, 8, 8]
-
-
-def test_alive_with_a_divided_vocabulary() -> None:
-    assert vocabulary_alive(4, 64) == (5, 4, 3, 2) and vocabulary_alive(4, 64, barriers=2) == (6, 5, 4, 3)
-    assert vocabulary_alive(4, 3) == (3, 3, 3, 2)
-
-
 def test_zero_stages() -> None:
     shape = shape_of(preset("skywork-moe"))
     base = Division(pp=1, dp=32, tp=4, ep=4)
@@ -304,36 +255,3 @@ def test_reserve_is_said_and_allocated_has_none_of_it() -> None:
     assert rank.reserve == sizes(work).reserve == 1e9 + 3 * 0.4e9 + 0.02 * CLUSTER.gpu.memory
     assert rank.total - rank.allocated == rank.reserve
     assert sizes(replace(work, cluster=cluster_of("cpu", 2))).reserve == 0
-
-
-def saved_bytes(spec: ModelSpec, num_tokens: int) -> int:
-    """Of all tensors that autograd keeps of one layer, its weights and the rotary tables aside."""
-    block = Block(spec, 0, ExpertsBackend.GROUPED)
-    for parameter in block.parameters():
-        torch.nn.init.normal_(parameter, std=0.02)
-    inputs = attention_inputs(spec, num_tokens, BatchInfo(), None, torch.device("cpu"))
-    shared = {tensor.untyped_storage().data_ptr() for tensor in (*block.parameters(), inputs.cos, inputs.sin)}
-    kept: dict[int, Tensor] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        block(torch.randn(1, num_tokens, spec.hidden_size, requires_grad=True), inputs, BatchInfo())
-    return sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in shared)
-
-
-@pytest.mark.parametrize("moe", [None, MoESpec(num_experts=4, top_k=2, ffn_size=256)])
-def test_our_layers_keep_what_the_model_says(moe: MoESpec | None) -> None:
-    """fp32; what is left out are tensors of a few numbers a token (chosen ids and their weights)."""
-    spec = replace(preset("demo-dense"), moe=moe)
-    work = work_of(shape_of(spec), Division(pp=1, dp=1, tp=1), 512, flash=True, precision=Precision.FP32)
-    halves = sizes(work, runtime=SKYMOE).halves
-    predicted, found = halves[0].activation + halves[1].activation, saved_bytes(spec, 512)
-    assert predicted == found if moe is None else predicted == pytest.approx(found, rel=0.01)
-
-
-def test_frameworks_by_name() -> None:
-    assert runtime_of("torchtitan") is PLAIN and runtime_of("Megatron-LM fork").logit_bytes == 6
-    assert runtime_of("MaxText FSDP") is PLAIN and runtime_of("skymoe") is SKYMOE

@@ -58,16 +58,16 @@ def stream_elements(work: Work) -> float:
     return tokens * work.shape.hidden_size
 
 
-def layer_input(work: Work, runtime: Runtime) -> float:
+def layer_input(work: Work) -> float:
     """Bytes of the residual stream on a rank: what is kept of a layer that is run again."""
-    return stream_elements(work) * (runtime.residual_bytes or element_bytes(work))
+    return stream_elements(work) * element_bytes(work)
 
 
-def attention_bytes(work: Work, shape: AttentionShape, runtime: Runtime) -> Kept:
+def attention_bytes(work: Work, shape: AttentionShape) -> Kept:
     """The attention half: norm, projections, core, residual."""
     size, tokens = element_bytes(work), work.tokens
     q, kv = heads(shape, work.division.tp)
-    outside, normed = _around(work, runtime)
+    outside, normed = _around(work)
     wide = q * (shape.head_dim + shape.value_dim) + (q if shape.kv_rank else kv) * (shape.head_dim + shape.value_dim)
     inside = tokens * size * (wide + _compressed_width(shape)) + (tokens * _FP32 * q if work.flash else 0.0)
     stored = 0.0 if work.flash else tokens * q * _seen(work, shape)
@@ -80,7 +80,7 @@ def attention_bytes(work: Work, shape: AttentionShape, runtime: Runtime) -> Kept
 def ffn_bytes(work: Work, shape: FfnShape, runtime: Runtime) -> Kept:
     """The feed-forward half: norm, dense feed-forward or router and experts, residual."""
     size, hidden = element_bytes(work), work.shape.hidden_size
-    outside, normed = _around(work, runtime)
+    outside, normed = _around(work)
     dense = work.tokens * columns(shape.shared_inner if shape.is_moe else shape.inner, work.division.tp)
     rows = routed_rows(work, shape) if shape.is_moe else 0.0
     routed = rows * (columns(shape.inner, work.division.etp) if shape.is_moe else 0)
@@ -89,8 +89,6 @@ def ffn_bytes(work: Work, shape: FfnShape, runtime: Runtime) -> Kept:
     activated = size * (dense + routed)
     outputs = rows * hidden * size * (2 if runtime.routed_outputs else 1)
     router = stream_elements(work) / hidden * _FP32 * shape.num_experts
-    if shape.is_moe and runtime.router_copy and size < _FP32:
-        router += stream_elements(work) * _FP32
     again = normed + activated if work.recompute is Recompute.MOE_ACT else 0.0
     gradients = size * ((dense + routed) * before + 2 * rows * hidden + stream_elements(work))
     return Kept(
@@ -107,12 +105,10 @@ def routed_rows(work: Work, shape: FfnShape) -> float:
     return mean * (work.imbalance if work.capacity is None else work.capacity)
 
 
-def _around(work: Work, runtime: Runtime) -> tuple[float, float]:
-    """Of a norm and a residual: the input with statistics and mask, and what the norm gives."""
-    elements = stream_elements(work)
-    mask = elements if work.shape.dropout else 0.0
-    statistics = elements / work.shape.hidden_size * runtime.statistics_bytes
-    return layer_input(work, runtime) + mask + statistics, elements * element_bytes(work)
+def _around(work: Work) -> tuple[float, float]:
+    """Of a norm and a residual: the input with the mask of dropout, and what the norm gives."""
+    mask = stream_elements(work) if work.shape.dropout else 0.0
+    return layer_input(work) + mask, layer_input(work)
 
 
 def _seen(work: Work, shape: AttentionShape) -> int:

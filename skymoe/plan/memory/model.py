@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from skymoe.plan.memory.activation import attention_bytes, element_bytes, ffn_bytes, layer_input, stream_elements
+from skymoe.plan.memory.activation import attention_bytes, element_bytes, ffn_bytes, layer_input
 from skymoe.plan.memory.own import own_sizes
 from skymoe.plan.memory.ranks import rank_memory
 from skymoe.plan.memory.reserve import reserve_bytes
@@ -31,7 +31,7 @@ def sizes(work: Work, *, runtime: Runtime | None = None) -> Sizes:
     """
     if runtime is None:
         runtime = SKYMOE if work.cluster.gpu.name.startswith("cpu") else MEGATRON
-    if runtime is SKYMOE:
+    if runtime.is_ours:
         return own_sizes(work)
     layers = {layer: _layer_sizes(work, layer, runtime) for layer in dict.fromkeys(work.shape.layers)}
     return Sizes(
@@ -44,8 +44,8 @@ def sizes(work: Work, *, runtime: Runtime | None = None) -> Sizes:
 
 def _layer_sizes(work: Work, layer: LayerShape, runtime: Runtime) -> tuple[Size, Size]:
     parameters = layer_parameters(layer, work.shape.hidden_size, work.division)
-    kept = attention_bytes(work, layer.attention, runtime), ffn_bytes(work, layer.ffn, runtime)
-    checkpoint, gathered = layer_input(work, runtime), _gathered(work, parameters[0] + parameters[1])
+    kept = attention_bytes(work, layer.attention), ffn_bytes(work, layer.ffn, runtime)
+    checkpoint, gathered = layer_input(work), _gathered(work, parameters[0] + parameters[1])
     whole = kept[0].kept + kept[1].kept
     found = []
     for half, own in enumerate(parameters):
@@ -65,12 +65,11 @@ def _embedding(work: Work) -> Size:
 
 
 def _head(work: Work, runtime: Runtime) -> Size:
-    """Logits and their gradient; where the loss is formed in chunks, the gradient of the head instead."""
+    """Logits and their gradient."""
     rows = Split.remainder_first(work.shape.vocab_size, work.division.tp).sizes[0]
-    logits = work.tokens * rows * runtime.logit_bytes or rows * work.shape.hidden_size * 4.0
+    logits = work.tokens * rows * runtime.logit_bytes
     parameters = head_parameters(work.shape, work.division)
-    activation = layer_input(work, runtime) + stream_elements(work) * element_bytes(work)
-    return _size(work, parameters, activation=activation, transient=logits + _gathered(work, parameters))
+    return _size(work, parameters, activation=2 * layer_input(work), transient=logits + _gathered(work, parameters))
 
 
 def _gathered(work: Work, parameters: Parameters) -> float:

@@ -3,12 +3,10 @@
     MEGATRON  fused kernels: a norm keeps input and output, probabilities go in before the last expert matrix, the loss
               turns one fp32 copy of the logits into their gradient in place (Megatron-Core)
     PLAIN     PyTorch modules and torch's cross entropy: logits in bf16, in fp32, their log-softmax and its gradient
-              (14 bytes); silu(gate) is kept beside gate and up
-    SKYMOE    this package: residual stream in fp32 under autocast, expert outputs are kept for the gate's gradient,
-              the loss is formed in chunks and keeps the gradient of the head instead of logits
+              (14 bytes); silu(gate) is kept beside gate and up, and the outputs of experts
+    SKYMOE    this package, tensor by tensor: see `own`
 
-The 14 bytes agree with a measured peak: torchtitan, Llama 8B, 65,536 tokens over two ranks. SKYMOE is held to the
-tensors that autograd saves by a test.
+The 14 bytes agree with a measured peak: torchtitan, Llama 8B, 65,536 tokens over two ranks.
 """
 
 from __future__ import annotations
@@ -22,27 +20,21 @@ class Runtime:
     """Bytes and copies.
 
     Attributes:
-        logit_bytes: alive per logit while the loss is formed; 0 where it is formed in chunks.
-        residual_bytes: of an element of the residual stream; None means as activations are.
-        router_copy: the router has an fp32 copy of its input where activations are narrower.
+        logit_bytes: alive per logit while the loss is formed.
         gate_copies: tensors of inner width that a dense gated activation keeps (its inputs are two of them).
         routed_outputs: outputs of experts are kept.
-        statistics_bytes: per token and norm.
+        is_ours: this package, which has an account of its own; the others do not count.
     """
 
     logit_bytes: float = 6.0
-    residual_bytes: float | None = None
-    router_copy: bool = False
     gate_copies: int = 2
     routed_outputs: bool = False
-    statistics_bytes: float = 0.0
+    is_ours: bool = False
 
 
 MEGATRON = Runtime()
 PLAIN = Runtime(logit_bytes=14.0, gate_copies=3, routed_outputs=True)
-SKYMOE = Runtime(
-    logit_bytes=0.0, residual_bytes=4.0, router_copy=True, gate_copies=3, routed_outputs=True, statistics_bytes=4.0
-)
+SKYMOE = Runtime(is_ours=True)
 
 
 def runtime_of(framework: str) -> Runtime:
