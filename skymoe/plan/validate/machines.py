@@ -71,8 +71,11 @@ def case_cluster(case: Case, *, num_gpus: int | None = None) -> Cluster:
 
 
 def _network(text: str, usual: Link, per_node: int) -> Link:
-    """The line rate that the case prints, per GPU ("8x400Gb/s IB per node", "400Gb/s RDMA per GPU", "1600 Gbps ..")."""
-    found = re.search(r"(?:(\d{1,3})\s*x\s*)?(\d{2,5})\s*Gb(?:/s|ps|it)", text, re.IGNORECASE)
+    """The line rate that the case prints, per GPU ("8x400Gb/s IB per node", "400Gb/s RDMA per GPU", "1600 Gbps ..").
+
+    Gb are bits; "H100 80GB" is a memory.
+    """
+    found = re.search(r"(?:(\d{1,3})\s*x\s*)?(\d{2,5})\s*Gb", text)
     if found is None:
         return usual
     gigabits = int(found[1] or 1) * int(found[2])

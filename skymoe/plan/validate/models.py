@@ -62,6 +62,7 @@ PUBLIC: Final[Mapping[str, Mapping[str, Any]]] = {
 }  # fmt: skip
 
 _GPT_VOCABULARY = 50_304  # GPT-2's 50257, padded; where a GPT's table has none
+_SENTENCE_PIECE = 32_000  # zero_bubble: its repository's tokenizer; with 50,000 its last stages would be far too long
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +90,7 @@ def case_model(case: Case) -> CaseModel:
     if not vocabulary:
         if not re.match(r"gpt", name, re.IGNORECASE):
             raise NotJudgedError("the vocabulary is not known")
-        vocabulary = _GPT_VOCABULARY
+        vocabulary = _SENTENCE_PIECE if case.group == "zero_bubble" else _GPT_VOCABULARY
         assumed = (*assumed, f"vocabulary of {vocabulary}")
     gated = known.flag("model.gated_mlp", True)
     old_gpt = not gated and bool(re.match(r"gpt", name, re.IGNORECASE))

@@ -39,6 +39,9 @@ from skymoe.plan.zero_bubble import zb_h1, zb_h2, zero_bubble_order
 from skymoe.spec.layout import ScheduleKind
 from skymoe.spec.split import Split
 
+VOCABULARY_PASSES = 1.08
+"""What passes of divided vocabulary layers add to every stage: all ranks meet twice per micro-batch. Fitted to the
+uniform and the vocabulary-parallel runs of vocab_parallelism; it is not in the FLOPs."""
 _NEAR = 1.25
 _MOST_TASKS = 400_000  # of a simulated step; more micro-batches than that repeat themselves
 
@@ -161,7 +164,8 @@ def published_prices(work: Work, model: CaseModel, layout: CaseLayout) -> Prices
     ends = _sum((listed.embedding, listed.head))
     part = _scaled(ends, 1.0 / len(listed.halves))
     free = Price(forward_s=0.0, backward_s=0.0)
-    return replace(listed, halves=tuple(_sum((half, part)) for half in listed.halves), embedding=free, head=free)
+    halves = tuple(_scaled(_sum((half, part)), VOCABULARY_PASSES) for half in listed.halves)
+    return replace(listed, halves=halves, embedding=free, head=free)
 
 
 def _sum(parts: Sequence[Price]) -> Price:
@@ -178,7 +182,7 @@ def _sum(parts: Sequence[Price]) -> Price:
 def _scaled(price: Price, share: float) -> Price:
     return Price(
         forward_s=share * price.forward_s, backward_s=share * price.backward_s, weight_s=share * price.weight_s,
-        parts={cause: share * seconds for cause, seconds in price.parts.items()},
+        again_s=share * price.again_s, parts={cause: share * seconds for cause, seconds in price.parts.items()},
     )  # fmt: skip
 
 

@@ -58,7 +58,10 @@ def validate(cases: Sequence[Case], refused: Sequence[NotJudged] = (), *, name: 
         if case.kind == "inference":
             continue
         try:
-            comparisons += _compare(case)
+            found = tuple(_compare(case))
+            comparisons += found
+            if not found:
+                raise NotJudgedError("nothing that was measured is predicted")
         except NotJudgedError as reason:
             aside.append(NotJudged(case.id, case.group, str(reason)))
     comparisons += gains(cases, comparisons)
