@@ -23,7 +23,8 @@ def compute_of(config: GuideConfig) -> Compute:
     count = count_parameters(moe)
     return Compute(
         ratio=flops[1] / flops[0],
-        origin=f"counted: training FLOPs per token of both, causal attention, sequences of {length}",
+        origin=f"counted against the same model with dense feed-forwards of {dense.ffn_size}: training FLOPs per "
+        f"token, causal attention, sequences of {length}",
         dense_flops=flops[0], moe_flops=flops[1], dense_parameters=count_parameters(dense).total,
         moe_parameters=count.total, active_parameters=count.active,
     )  # fmt: skip
