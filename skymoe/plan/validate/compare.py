@@ -2,8 +2,8 @@
 
 *Speed* is compared as the time of a step, by whichever figure the source prints: tokens per second (of a GPU or of
 all), samples per second, step time, and only when there is none of these FLOP/s or MFU, by the source's own count of
-FLOPs (conventions.py). *Memory* is what the allocator holds at the peak of the fullest rank, as frameworks print it; the
-planner's reserve for context and fragmentation is left out on both sides.
+FLOPs (conventions.py). *Memory* is what the allocator holds at the peak of the fullest rank, as frameworks print it;
+the planner's reserve for context and fragmentation is left out on both sides.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The gain of one way to place the layers over another, same setup: what a planner is for.
 
 Two figures of one source, measured on one machine, differ by their split only; so do our two predictions. Their
-quotient does not care for how fast the machine is. Pairs: layers redistributed | uniform, and embedding and head divided
-over all stages | uniform (Vocabulary Parallelism, table 5).
+quotient does not care for how fast the machine is. Pairs: layers redistributed | uniform, and embedding and head
+divided over all stages | uniform (Vocabulary Parallelism, table 5).
 """
 
 from __future__ import annotations

@@ -24,11 +24,11 @@ No constant belongs to a case. Each type of GPU has a few (see `skymoe/plan/hard
 some software generations one or two factors (below); they were fitted by `benchmarks/calibrate.py` on one half of the
 cases that we have, chosen by a hash of their names, and looked at on the other half.
 
-A layout is *fully known* when tensor, pipeline and data parallel ranks, the micro-batch, the number of micro-batches and
-recomputation are all published. What is not published is assumed in one way for all: no recomputation where that comes
-near the GPU's memory, else the fewest whole layers that fit; a micro-batch of one sequence; uniform stages, or one layer
-fewer at both ends where the number of layers asks for it. Memory is what the allocator holds at the peak of the fullest
-rank; the reserve for context and fragmentation, which the planner adds, is left out.
+A layout is *fully known* when tensor, pipeline and data parallel ranks, the micro-batch, the number of micro-batches
+and recomputation are all published. What is not published is assumed in one way for all: no recomputation unless that
+needs more than 1.25 times the GPU's memory, else the fewest whole layers that come under it; a micro-batch of one
+sequence; uniform stages, or one layer fewer at both ends where the number of layers asks for it. Memory is what the
+allocator holds at the peak of the fullest rank; the planner's reserve for context and fragmentation is left out.
 """
 
 _WORSE = """\
@@ -145,7 +145,7 @@ def _schema() -> str:
 `not_judged` (`case`, `reason`); `worst`: the comparisons with the largest errors.
 A comparison: `case`, `group`, `quantity`, `unit`, `predicted`, `measured`, `error`, `fully_known`, `moe`, `assumed`.
 
-A case file is a JSON list of objects (or `{"cases": [..]}`) with `id`, `kind` (training, memory, schedule, stage_timing,
-component, inference), `group`, `model`, `cluster`, `parallel`, `batch`, `precision`, `recompute`, `framework`,
-`measured`; see `tests/plan/data/cases.json`. Unknown groups, kinds and fields are set aside, with the reason.
+A case file is a JSON list of objects (or `{"cases": [..]}`) with `id`, `kind` (training, memory, schedule,
+stage_timing, component, inference), `group`, `model`, `cluster`, `parallel`, `batch`, `precision`, `recompute`,
+`framework`, `measured`; see `tests/plan/data/cases.json`. Unknown groups, kinds and fields are set aside.
 """

@@ -156,6 +156,7 @@ def _without_barrier(work: Work, stages: Split, recompute: Sequence[int], sized:
 
 
 def published_prices(work: Work, model: CaseModel, layout: CaseLayout) -> Prices:
+    """Prices of `work` with what its source did to the ends of the model (see above)."""
     listed = prices(work)
     if model.predicts_two:
         listed = replace(listed, head=_sum((listed.head, listed.head, *listed.halves[-2:])))

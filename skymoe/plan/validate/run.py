@@ -17,8 +17,8 @@ from skymoe.plan.validate.config import ValidateConfig
 from skymoe.plan.validate.conventions import SOURCES
 from skymoe.plan.validate.gains import gains
 from skymoe.plan.validate.gates import gates_of
-from skymoe.plan.validate.mappings import with_mappings
 from skymoe.plan.validate.inference import inference_groups
+from skymoe.plan.validate.mappings import with_mappings
 from skymoe.plan.validate.page import accuracy_page
 from skymoe.plan.validate.report import ValidateReport
 from skymoe.plan.validate.result import Comparison, grouped

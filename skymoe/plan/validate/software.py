@@ -57,7 +57,7 @@ SOFTWARE: Final[Mapping[str, Software]] = {
     ),
     "InternEvo": Software(
         framework=r"internevo", gpu=r"a", owner_s=0.0032,
-        origin="fitted to internevo with ZeRO-1 over all replicas: every owner sends its weights by a broadcast of its own",
+        origin="fitted to internevo with ZeRO-1 over all replicas: every owner broadcasts its weights",
     ),
 }  # fmt: skip
 
@@ -66,7 +66,8 @@ def with_habits(case: Case, division: Division) -> Division:
     """`division` as the case's framework runs it by default.
 
     Megatron-Bridge and NeMo: tensor-parallel communication beside products (Transformer Engine), gradients in bf16 in
-    recipes for speed; DeepEP or HybridEP in Bridge's; Adam's moments in bf16 in Bridge's recipes of DeepSeek and Moonlight.
+    recipes for speed; DeepEP or HybridEP in Bridge's; Adam's moments in bf16 in Bridge's recipes of DeepSeek and
+    Moonlight.
     torchtitan with a pipeline keeps weights and gradients whole during a step, fp32 weights divided.
     """
     framework, name = case.text("framework").lower(), case.text("model.name").lower()
