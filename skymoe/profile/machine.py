@@ -96,11 +96,11 @@ def title(device: torch.device) -> str:
     return next(iter(names), platform.processor() or platform.machine())[:100]
 
 
-def memory_bytes(device: torch.device) -> float:
-    """Of the device, or of the machine."""
+def memory_bytes(device: torch.device, ranks: int) -> float:
+    """What a rank can have: its GPU's, or its share of the machine's."""
     if device.type == "cuda":
         return float(torch.cuda.get_device_properties(device).total_memory)
-    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks)
 
 
 def _without_result(run: Callable[[], object]) -> Callable[[], Tensor | None]:

@@ -111,9 +111,8 @@ def measure(config: ProfileConfig, spec: ModelSpec, group: Group, device: torch.
         name: _per_layer(timed, _rows_of(pieces, name)) if name in rows else timed for name, timed in times.items()
     }
     links = measure_links(group, device, config.repeats, tell) if group.size > 1 else {}
-    return Found(
-        times, kept, sizes, stream_bytes, updated, links, clock.is_thread, title(device), memory_bytes(device)
-    )  # fmt: skip
+    memory = memory_bytes(device, group.size)
+    return Found(times, kept, sizes, stream_bytes, updated, links, clock.is_thread, title(device), memory)
 
 
 def num_steps(config: ProfileConfig) -> int:

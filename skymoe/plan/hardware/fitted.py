@@ -15,6 +15,7 @@ from skymoe.plan.hardware.catalogue import find_gpu
 from skymoe.plan.hardware.gpu import Gpu, Precision
 from skymoe.plan.hardware.profile import LinkKind, Profile
 
+_MEASURED = " (measured)"
 _SUMS = (LinkKind.ALL_REDUCE, LinkKind.REDUCE_SCATTER, LinkKind.ALL_GATHER, LinkKind.ALL_TO_ALL)
 
 
@@ -37,7 +38,7 @@ def gpu_from_profile(profile: Profile, *, base: Gpu | None = None) -> Gpu:
     link = next((profile.links[kind].link for kind in _SUMS if kind in profile.links), base.node)
     return replace(
         base,
-        name=f"{base.name} (measured)",
+        name=f"{base.name.removesuffix(_MEASURED)}{_MEASURED}",
         title=profile.machine.title or base.title,
         memory=profile.machine.memory,
         peak=_rates(profile, base),

@@ -47,7 +47,7 @@ class MachineFacts(Config):
     device: Name
     title: Name
     memory: Bytes
-    """bytes of the device, or of the machine"""
+    """bytes that a rank can have: its GPU's, or its share of the machine's"""
     ranks: Count
     """that worked at the same time, each with `threads` threads; figures are means over them"""
     threads: Count

@@ -6,12 +6,14 @@ The smallest change is computed, not guessed: the nearest number of GPUs, of ran
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from skymoe.base.errors import ConfigError
 from skymoe.plan.hardware.catalogue import cluster_of
+from skymoe.plan.hardware.fitted import gpu_from_profile
 from skymoe.plan.hardware.gpu import Cluster, Precision
+from skymoe.plan.hardware.profile import Profile, read_profile
 from skymoe.plan.shape import ModelShape, shape_of
 from skymoe.plan.train.config import PlanTrainConfig
 from skymoe.plan.train.model import MOST_SEQUENCE, read_model
@@ -32,6 +34,7 @@ class Asked:
         sequences: of a step.
         precision: of the matrix products.
         memory: bytes of a GPU that may be used.
+        profile: what was measured, or None.
         assumed: what nobody said, in words.
     """
 
@@ -43,6 +46,7 @@ class Asked:
     sequences: int
     precision: Precision
     memory: float
+    profile: Profile | None
     assumed: tuple[str, ...]
 
 
@@ -54,6 +58,9 @@ def read_asked(config: PlanTrainConfig) -> Asked:
     """
     spec = read_model(config.model)
     cluster = cluster_of(config.gpu, config.gpus, config.nodes_of)
+    profile = None if config.profile is None else read_profile(config.profile)
+    if profile is not None:
+        cluster = replace(cluster, gpu=gpu_from_profile(profile, base=cluster.gpu))
     length = config.seq or min(spec.max_position, MOST_SEQUENCE)
     sequences = _sequences(config, length)
     has_bf16 = Precision.BF16 in cluster.gpu.peak
@@ -66,6 +73,7 @@ def read_asked(config: PlanTrainConfig) -> Asked:
         sequences=sequences,
         precision=config.precision or (Precision.BF16 if has_bf16 else Precision.FP32),
         memory=cluster.gpu.memory if config.memory is None else config.memory * 1e9,
+        profile=profile,
         assumed=tuple(_assumed(config, length, sequences)),
     )
     _check_ranks(config, spec, cluster)

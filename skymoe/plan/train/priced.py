@@ -86,7 +86,7 @@ def work_of(asked: Asked, candidate: Candidate, level: Recompute) -> Work:
 def price(asked: Asked, candidate: Candidate, *, level: Recompute | None = None) -> Priced:
     """`candidate` as a pipeline; `level` in place of what the config says."""
     work = work_of(asked, candidate, LEVELS[asked.config.recompute] if level is None else level)
-    seconds, bytes_ = prices(work), sizes(work)
+    seconds, bytes_ = prices(work, asked.profile), sizes(work)
     problem = problem_of(
         work, seconds, bytes_, schedule=candidate.schedule, chunks=candidate.chunks, memory=asked.memory,
         whole_layers=asked.config.whole_layers, recompute=asked.config.recompute not in ("none", "full"),
