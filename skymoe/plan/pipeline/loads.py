@@ -56,7 +56,9 @@ def stage_load(problem: Problem, stage: int, units: Sequence[Unit], again: int) 
         backward=sum(part.backward for part in parts) + second,
         weight=sum(part.weight for part in parts),
         static=sum(part.static for part in parts),
-        kept=sum(part.activation for part in (*kept, *ends)) + sum(layer[0].checkpoint for layer in rerun),
+        kept=sum(unit.activation for unit in kept)
+        + sum(end.activation for end in ends)
+        + sum(layer[0].checkpoint for layer in rerun),
         running=max([part.transient for part in parts] + [_running(layer) for layer in rerun]),
     )
 

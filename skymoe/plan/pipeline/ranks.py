@@ -107,7 +107,7 @@ class Ranks:
                 for place in range(len(counts))
                 if counts[place] < most[place]
             ]
-            counts = list(min(further, key=lambda option: self.peak(rank, intervals, option)))
+            counts = list(min(further, key=lambda option: self.peak(rank, intervals, tuple(option))))
             options.append(tuple(counts))
         return options
 

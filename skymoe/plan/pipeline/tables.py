@@ -11,6 +11,7 @@ differ from loads.py in the last bits, and `SLACK` is wider than that.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -170,7 +171,7 @@ class Tables:
         return np.asarray(self.activation[end] - self.activation[first] + _range_max(self.transient, first, end))
 
 
-def _running(values) -> Array:  # type: ignore[no-untyped-def]
+def _running(values: Iterable[float]) -> Array:
     return np.concatenate([[0.0], np.cumsum(np.fromiter(values, dtype=np.float64))])
 
 
