@@ -15,20 +15,28 @@ from skymoe.plan.work import Recompute
 from skymoe.spec.layout import DispatchMode
 
 
-def other_dispatch(asked: Asked, found: Sequence[Found], *, layouts: int = 3) -> list[Found]:
-    """The best layouts with tokens that reach their experts (or a dense model's norms) another way."""
-    if asked.config.dispatch is not None:
+def other_dispatch(asked: Asked, best: Found) -> list[Found]:
+    """The best layout with tokens that reach their experts (or a dense model's norms) in another way."""
+    moe, own = asked.spec.moe is not None, best.candidate
+    if asked.config.dispatch is not None or own.tp * (own.dp if moe else 1) == 1:
         return []
-    more = []
-    modes = tuple(DispatchMode) if asked.spec.moe else (DispatchMode.REPLICATED, DispatchMode.GATHERED)
-    for one in found[:layouts]:
-        if one.candidate.tp * one.candidate.dp == 1 or (asked.spec.moe is None and one.candidate.tp == 1):
-            continue
-        for mode in modes:
-            if mode is not one.candidate.dispatch:
-                result = divide(price(asked, replace(one.candidate, dispatch=mode)))
-                more += [result] if isinstance(result, Found) else []
-    return more
+    modes = tuple(DispatchMode) if moe else (DispatchMode.REPLICATED, DispatchMode.GATHERED)
+    changed = (replace(own, dispatch=mode) for mode in modes if mode is not own.dispatch)
+    return [result for one in changed if isinstance(result := divide(price(asked, one)), Found)]
+
+
+def ways_of_tokens(best: Found, found: Sequence[Found]) -> tuple[Alternative, ...]:
+    """The same layout with the other ways, as far as they fit."""
+    notes = {
+        DispatchMode.REPLICATED: "every rank of the group has all tokens",
+        DispatchMode.GATHERED: "tokens are gathered and scattered",
+        DispatchMode.ALL_TO_ALL: "tokens go to their experts' ranks only",
+    }
+    return tuple(
+        _alternative(f"--dispatch {one.candidate.dispatch}", best, one, notes[one.candidate.dispatch])
+        for one in found
+        if one is not best
+    )
 
 
 def vocabulary_parallel(best: Found) -> Alternative | None:

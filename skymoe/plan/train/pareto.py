@@ -13,11 +13,11 @@ from skymoe.plan.pipeline.solve import solve
 from skymoe.plan.train.figures import with_memory
 from skymoe.plan.train.search import GB, Found, found_of
 
-SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
+SHARES = (0.85, 0.7, 0.55, 0.4)
 """Of the memory of the fastest layout."""
 
 
-def pareto(found: Sequence[Found], *, families: int = 2) -> list[Found]:
+def pareto(found: Sequence[Found], *, families: int = 1) -> list[Found]:
     """The undominated, the fastest first; `families` layouts are divided for less memory as well."""
     less = [one for family in found[:families] for one in _for_less(family)]
     return undominated([*found, *less])

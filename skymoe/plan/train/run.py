@@ -9,7 +9,7 @@ from skymoe.plan.pipeline.problem import Answer
 from skymoe.plan.pipeline.solve import uniform
 from skymoe.plan.train.accuracy import accuracy_of
 from skymoe.plan.train.advice import no_layout, nothing_fits
-from skymoe.plan.train.alternatives import other_dispatch, other_recompute, vocabulary_parallel
+from skymoe.plan.train.alternatives import other_dispatch, other_recompute, vocabulary_parallel, ways_of_tokens
 from skymoe.plan.train.asked import Asked, read_asked
 from skymoe.plan.train.config import PlanTrainConfig
 from skymoe.plan.train.estimate import Estimate
@@ -47,8 +47,9 @@ def run(config: PlanTrainConfig) -> TrainPlan:
         raise no_layout(asked)
     if not searched.found:
         raise nothing_fits(asked, searched.refused)
-    found = sorted([*searched.found, *other_dispatch(asked, searched.found)], key=_order)
-    return _report(asked, searched, found)
+    others = other_dispatch(asked, searched.found[0])
+    found = sorted([*searched.found, *others], key=_order)
+    return _report(asked, searched, found, others)
 
 
 def timed(priced: Priced, answer: Answer) -> Timed:
@@ -57,7 +58,7 @@ def timed(priced: Priced, answer: Answer) -> Timed:
     return Timed(priced, answer, result, causes_of(priced, answer, result))
 
 
-def _report(asked: Asked, searched: Searched, found: list[Found]) -> TrainPlan:
+def _report(asked: Asked, searched: Searched, found: list[Found], others: list[Found]) -> TrainPlan:
     best, config = found[0], asked.config
     planned = timed(best.priced, best.answer)
     plain = timed(best.priced, uniform(best.priced.problem))
@@ -83,7 +84,7 @@ def _report(asked: Asked, searched: Searched, found: list[Found]) -> TrainPlan:
         rejected=_rejected(searched),
         pareto=tuple(row(one, planned) for one in pareto(found)),
         vocabulary_parallel=vocabulary_parallel(best) if config.vocabulary_parallel else None,
-        alternatives=other_recompute(asked, best),
+        alternatives=(*ways_of_tokens(best, (searched.found[0], *others)), *other_recompute(asked, best)),
         examined={
             "legal": searched.legal,
             "divided": len(searched.found),
@@ -124,7 +125,7 @@ def _runners_up(found: list[Found], best: Timed, top: int) -> tuple[Row, ...]:
     """The best of every other division of the GPUs."""
     first: dict[tuple[object, ...], Found] = {}
     for one in found:
-        first.setdefault((*layout_key(one.candidate), one.candidate.dispatch), one)
+        first.setdefault(layout_key(one.candidate), one)
     return tuple(row(one, best) for one in list(first.values())[1 : top + 1])
 
 
