@@ -24,8 +24,11 @@ from skymoe.base.files import write_atomic
 from skymoe.base.progress import Progress, progress
 from skymoe.ops.device import usable_device
 from skymoe.plan.hardware.profile import Profile
+from skymoe.plan.shape import layer_parameters, shape_of
 from skymoe.profile.assemble import assemble
 from skymoe.profile.config import ProfileConfig
+from skymoe.profile.layers import kinds_of
+from skymoe.profile.machine import memory_bytes
 from skymoe.profile.worker import Found, num_steps, rank_main
 from skymoe.spec.hf import spec_from_directory
 from skymoe.spec.model import ModelSpec
@@ -44,6 +47,7 @@ def run(config: ProfileConfig) -> Profile:
     """
     spec = read_spec(config.model)
     _check(config)
+    _check_memory(config, spec)
     load = os.getloadavg()[0]
     with progress("profile", num_steps(config), "round") as bar:
         found = measure_ranks(config, spec, bar)
@@ -140,3 +144,20 @@ def _check(config: ProfileConfig) -> None:
         raise ConfigError("the directory of the output does not exist", where=config.out)
     if config.out.is_dir():
         raise ConfigError("the output is a directory", where=config.out, hint="a file name, profile.json")
+
+
+def _check_memory(config: ProfileConfig, spec: ModelSpec) -> None:
+    """Refuse what cannot be: better before than by the hand of the system, which may end others."""
+    shape = shape_of(spec)
+    built = [layer for ids in kinds_of(spec, config.layers).values() for layer in ids]
+    layers = sum(layer_parameters(shape.layers[layer], shape.hidden_size) for layer in built)
+    tables = shape.hidden_size * shape.vocab_size * (1 if shape.tied else 2)
+    needed = (layers + tables) * 8.0  # weights and gradients, fp32
+    available = memory_bytes(torch.device(config.device), config.ranks if config.device == "cpu" else 1)
+    if needed > available:
+        raise MachineError(
+            f"{config.ranks} rank(s) with {len(built)} layer(s) need {needed / 1e9:.0f} GB each",
+            where=config.model,
+            why=f"each can have {available / 1e9:.0f} GB here",
+            hint="a smaller --layers or --ranks" if len(built) + config.ranks > 2 else "a smaller model",
+        )

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from skymoe.base.errors import FormatError
+from skymoe.base.errors import FormatError, MachineError
 from skymoe.plan.cost.model import prices
 from skymoe.plan.hardware.catalogue import find_gpu
 from skymoe.plan.hardware.gpu import Cluster, Precision
@@ -141,6 +141,12 @@ def test_bad_input_ends_with_2(arguments: list[object], told: str, tmp_path: Pat
     done = subprocess.run(command(*arguments), cwd=tmp_path, capture_output=True, text=True, timeout=100)
     assert done.returncode == 2, done.stderr
     assert told in done.stderr and "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_no_machine_holds_is_refused_before_it_is_built(tmp_path: Path) -> None:
+    with pytest.raises(MachineError, match="need .* GB each"):
+        run(ProfileConfig(model="skywork-moe", out=tmp_path / "p.json", layers=52, ranks=64))
     assert not list(tmp_path.iterdir())
 
 
