@@ -37,7 +37,8 @@ _WORSE = """\
 - Tables without recomputation settings (all vendors' recipes): a wrong guess costs up to a third of a forward pass.
 - Software moves faster than hardware: the same recipe on the same GPUs gained up to 80 % in nine releases of one
   framework (megatron_bridge, GPT-OSS and Qwen3). One prediction cannot meet all of them; it stands near the middle.
-- Small mixtures of experts with one micro-batch are bound by the host that launches kernels, which is not modelled.
+- Small mixtures of experts with one micro-batch are bound by the host that launches kernels, far more than
+  the catalogue's constant for it says.
 - Runs of 2022 and 2023 on H100, before kernels were tuned for it, are met only with the factor of their software.
 - The bubbles of Qi et al. are calculated by them from passes that they timed; ours from passes that we predict.
 """
