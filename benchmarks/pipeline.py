@@ -39,6 +39,7 @@ import torch.distributed as dist
 
 from skymoe.base.log import setup_logging
 from skymoe.base.memory import keep_freed_memory
+from skymoe.parallel.lifeline import LAUNCHER, die_with_launcher
 from skymoe.parallel.mesh import build_mesh
 from skymoe.plan.cost.model import prices
 from skymoe.plan.hardware.catalogue import find_gpu
@@ -150,6 +151,7 @@ def run_divisions(planned: Mapping[str, Answer], rounds: int) -> dict[str, Measu
 
 
 def _rank(rank: int, store: str, cores: list[int], layouts: Mapping[str, Layout], rounds: int, results: Any) -> None:
+    die_with_launcher({LAUNCHER: str(os.getppid())})
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     os.sched_setaffinity(0, {cores[rank % len(cores)]})
     torch.set_num_threads(1)
