@@ -87,7 +87,7 @@ def profile_of(layers: int, repeats: int) -> Profile:
         return measure_profile(
             ProfileConfig(
                 model=str(model), out=Path(directory) / "profile.json", layers=layers, tokens=TOKENS, precision="bf16",
-                ranks=PP, repeats=repeats, gemms=4,
+                ranks=PP, repeats=max(3, repeats), gemms=4,
             )
         )  # fmt: skip
 
