@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,13 @@ from skymoe.plan.validate.cases import read_cases
 from skymoe.plan.validate.config import ValidateConfig
 from skymoe.plan.validate.conventions import Convention, convention_of, counted_flops
 from skymoe.plan.validate.gains import wrong_signs
-from skymoe.plan.validate.layouts import balanced, case_again, case_layout
+from skymoe.plan.validate.layouts import case_again, case_layout
 from skymoe.plan.validate.machines import case_cluster, catalogue_name
 from skymoe.plan.validate.models import case_model
 from skymoe.plan.validate.result import Comparison
 from skymoe.plan.validate.run import run
 from skymoe.plan.validate.schedules import steady_period
+from skymoe.plan.validate.stages import balanced, redistributed
 from skymoe.plan.work import Recompute
 
 FILE = Path(__file__).parent / "data" / "cases.json"
@@ -55,12 +57,26 @@ def test_figure_6_has_periods_of_20_and_15():
     assert steady_period([5.0, 5, 5, 5, 6], [10.0, 10, 10, 10, 8]) == pytest.approx(15)
 
 
-def test_the_balanced_split_is_that_of_the_authors_runs():
-    """sail-sg/VocabularyParallelism, artifact: layers per stage of the redistributed pipelines."""
-    shape = case_model(CASES["vocabpar-artifact-fullpp_redis_dp1_pp8_tp1_v64k_s2k"]).shape
-    assert balanced(shape, 8, 2048).sizes == (4, 4, 4, 4, 4, 4, 5, 3)
+@pytest.mark.parametrize(
+    "thousand, sizes",
+    [
+        (32, (4, 4, 4, 4, 4, 4, 4, 4)),
+        (64, (4, 4, 4, 4, 4, 4, 5, 3)),
+        (128, (4, 4, 4, 4, 4, 5, 5, 2)),
+        (256, (4, 4, 4, 5, 5, 5, 5, 0)),
+    ],
+)
+@pytest.mark.parametrize("sequence_length", [2048, 4096])
+def test_layers_are_redistributed_as_in_the_authors_runs(thousand, sizes, sequence_length):
+    """sail-sg/VocabularyParallelism, artifact/exp_one_host.csv: the layers of the last stage, and FLOPs per stage."""
     shape = case_model(CASES["vocabpar-4B-s2048-v256k-redis"]).shape
-    assert balanced(shape, 8, 2048).sizes == (4, 4, 4, 5, 5, 5, 5, 0)
+    shape = replace(shape, vocab_size=1000 * thousand)
+    assert redistributed(shape, 8, sequence_length).sizes == sizes
+
+
+def test_a_balanced_split_has_the_shortest_longest_stage():
+    shape = replace(case_model(CASES["vocabpar-4B-s2048-v256k-redis"]).shape, vocab_size=128_000)
+    assert balanced(shape, 8, 2048).sizes == (4, 4, 4, 4, 5, 5, 5, 1)
 
 
 def test_conventions_differ_as_published():

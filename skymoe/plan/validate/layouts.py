@@ -8,20 +8,16 @@ are predicted too, and judged apart.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final
 
-from skymoe.plan.cost.model import flops
 from skymoe.plan.hardware.gpu import Cluster, Precision
 from skymoe.plan.memory.alive import vocabulary_alive
-from skymoe.plan.shape import ModelShape
 from skymoe.plan.validate.cases import Case, NotJudgedError
 from skymoe.plan.validate.software import with_habits
 from skymoe.plan.work import Division, Recompute
 from skymoe.spec.layout import DispatchMode
-from skymoe.spec.split import Split
 
 
 class Pipeline(StrEnum):
@@ -42,7 +38,7 @@ class Placement(StrEnum):
     """Which layers a stage has."""
 
     UNIFORM = "uniform"
-    BALANCED = "balanced"  # whole layers so that the longest stage is shortest (by FLOPs), ends included: "redis"
+    REDISTRIBUTED = "redistributed"  # fewer layers on the last stage, as Vocabulary Parallelism has it: "redis"
     VOCABULARY = "vocabulary"  # uniform, embedding and head divided over all stages
     ENDS_FEWER = "ends fewer"  # first and last stage one layer fewer
     WRITTEN = "written"
@@ -222,7 +218,7 @@ def _placement(case: Case, num_stages: int) -> tuple[Placement, tuple[int, ...]]
     if "vocabulary layers" in words or "vocab" in words and "all stages" in words:
         return Placement.VOCABULARY, ()
     if "redis" in words:
-        return Placement.BALANCED, ()
+        return Placement.REDISTRIBUTED, ()
     if "one layer fewer" in case.text("parallel.layer_split_rule"):
         return Placement.ENDS_FEWER, ()
     return Placement.UNIFORM, ()
@@ -266,69 +262,3 @@ def case_precision(case: Case) -> Precision:
     """Of the layers' matrix products; bf16 where the table says nothing."""
     words = case.text("precision").lower()
     return next((kind for pattern, kind in _PRECISIONS if re.search(pattern, words)), Precision.BF16)
-
-
-def case_stages(shape: ModelShape, layout: CaseLayout, sequence_length: int, predicts_two: bool = False) -> Split:
-    """Halves per stage; with multi-token prediction the last stage counts two heads and one more layer.
-
-    Raises:
-        NotJudgedError: more stages than layers can fill.
-    """
-    num_stages, layers = layout.division.pp * layout.chunks, shape.num_layers
-    if num_stages > layers + 2:
-        raise NotJudgedError(f"{num_stages} stages for {layers} layers")
-    if layout.placement is Placement.WRITTEN:
-        if sum(layout.written) != layers:
-            raise NotJudgedError("the layer split does not have the model's layers")
-        return Split(layout.written).scaled(2)
-    if layout.placement is Placement.BALANCED:
-        return balanced(shape, num_stages, sequence_length, predicts_two).scaled(2)
-    if layers % num_stages == 0 and layout.placement is not Placement.ENDS_FEWER:
-        return Split.even(layers, num_stages).scaled(2)
-    if num_stages > 1 and (layers + 2) % num_stages == 0:  # Megatron: embedding and loss each count as a layer
-        each = (layers + 2) // num_stages
-        return Split((each - 1, *(each,) * (num_stages - 2), each - 1)).scaled(2)
-    return balanced(shape, num_stages, sequence_length, predicts_two).scaled(2)
-
-
-def balanced(shape: ModelShape, num_stages: int, sequence_length: int, predicts_two: bool = False) -> Split:
-    """Whole layers so that the longest stage is shortest by FLOPs, the head counted (Vocabulary Parallelism, table 5).
-
-    Of the splits with that longest stage it takes the one that fills stages from the first to the last.
-    """
-    count = flops(shape, sequence_length, causal=False)
-    costs = [count.halves[2 * layer] + count.halves[2 * layer + 1] for layer in range(shape.num_layers)]
-    head = 2 * count.head + costs[-1] if predicts_two else count.head
-    candidates = sorted({value for start in range(len(costs)) for value in _sums(costs, start, head)})
-    low, high = 0, len(candidates) - 1
-    while low < high:  # the smallest longest stage with which everything finds a place
-        middle = (low + high) // 2
-        low, high = (low, middle) if _filled(costs, head, candidates[middle], num_stages) else (middle + 1, high)
-    sizes = _filled(costs, head, candidates[low], num_stages)
-    if sizes is None:
-        raise NotJudgedError(f"{num_stages} stages for {shape.num_layers} layers")
-    return Split(tuple(sizes))
-
-
-def _sums(costs: Sequence[float], start: int, head: float) -> list[float]:
-    """Of the layers from `start` on, one more each time; to the end also with the head."""
-    total, sums = 0.0, [head]
-    for cost in costs[start:]:
-        total += cost
-        sums.append(total)
-    return [*sums, total + head]
-
-
-def _filled(costs: Sequence[float], head: float, longest: float, num_stages: int) -> list[int] | None:
-    """Layers per stage when every stage takes at most `longest`, as even as that allows; None when it does not go."""
-    room = longest * (1 + 1e-9)
-    sizes, layer = [0] * num_stages, len(costs)
-    used = head
-    for stage in reversed(range(num_stages)):
-        share = -(-layer // (stage + 1))  # what is left, evenly over the stages that are left
-        while layer and sizes[stage] < share and used + costs[layer - 1] <= room:
-            layer -= 1
-            used += costs[layer]
-            sizes[stage] += 1
-        used = 0.0
-    return None if layer or head > room else sizes

@@ -29,11 +29,11 @@ from skymoe.plan.validate.layouts import (
     Placement,
     case_layout,
     case_precision,
-    case_stages,
 )
 from skymoe.plan.validate.machines import case_cluster
 from skymoe.plan.validate.models import CaseModel, case_model
 from skymoe.plan.validate.software import on_software, software_of
+from skymoe.plan.validate.stages import case_stages
 from skymoe.plan.work import Recompute, Work
 from skymoe.plan.zero_bubble import zb_h1, zb_h2, zero_bubble_order
 from skymoe.spec.layout import ScheduleKind
