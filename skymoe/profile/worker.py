@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -105,7 +104,7 @@ def measure(config: ProfileConfig, spec: ModelSpec, group: Group, device: torch.
     if group.rank != group.size - 1:
         tasks["head"] = filler
     times = _in_step(tasks, config.repeats, clock, group, tell)
-    times = mean_over_ranks(times, group, only_last={"head"})
+    times = mean_over_ranks(times, group, device, only_last={"head"})
     rows = {name for name in times if name.startswith(("moe.", "dense."))}
     times = {
         name: _per_layer(timed, _rows_of(pieces, name)) if name in rows else timed for name, timed in times.items()
@@ -132,14 +131,17 @@ def _in_step(tasks: Mapping[str, Task], rounds: int, clock: Clock, group: Group,
     return interleaved(tasks, rounds, clock, before)
 
 
-def mean_over_ranks(times: Mapping[str, Timed], group: Group, *, only_last: set[str]) -> dict[str, Timed]:
+def mean_over_ranks(
+    times: Mapping[str, Timed], group: Group, device: torch.device, *, only_last: set[str]
+) -> dict[str, Timed]:
     """Means, or for some the last rank's own; the same on every rank."""
     if group.handle is None:
         return dict(times)
-    mine = torch.tensor([[t.forward_s, t.backward_s, t.spread] for t in times.values()], dtype=torch.float64)
-    rows: list[Any] = [None] * group.size
-    dist.all_gather_object(rows, mine.tolist(), group=group.handle)
-    mean, last = torch.tensor(rows, dtype=torch.float64).mean(0).tolist(), rows[-1]
+    seconds = [[timed.forward_s, timed.backward_s, timed.spread] for timed in times.values()]
+    mine = torch.tensor(seconds, dtype=torch.float64, device=device)
+    rows = [torch.empty_like(mine) for _ in group.ranks]
+    dist.all_gather(rows, mine, group=group.handle)
+    mean, last = torch.stack(rows).mean(0).tolist(), rows[-1].tolist()
     return {name: Timed(*(last if name in only_last else mean)[place]) for place, name in enumerate(times)}
 
 
