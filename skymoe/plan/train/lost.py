@@ -4,10 +4,11 @@ arithmetic   the model's FLOPs (causal, forward and backward) at the GPU's peak:
 kernels      what matrix products and attention take beyond that, with norms and activations
 tp, expert   tensor-parallel collectives; dispatch and combine of tokens; as far as nothing hides them
 wait         for the fullest expert rank
+host         kernels wait until they are launched
 recompute    what is run again in the backward pass
 uneven       other stages wait for the heaviest one
 fill         the pipeline fills and drains, hops included
-dp           gradients reduced and weights gathered, as far as nothing hides them
+dp           gradients reduced and weights gathered, as far as nothing hides them (FSDP: in every layer)
 update       clipping, the optimizer, what a step costs besides
 """
 
@@ -29,13 +30,14 @@ WORDS: Mapping[str, str] = {
     "tp": "tensor-parallel communication",
     "expert": "dispatch and combine of tokens to experts",
     "wait": "waiting for the fullest expert rank",
+    "host": "kernels wait for the host that launches them",
     "recompute": "layers run again in the backward pass",
     "uneven": "stages wait for the heaviest one",
     "fill": "the pipeline fills and drains",
     "dp": "gradients and weights between replicas",
     "update": "optimizer and fixed costs of a step",
 }
-_COMPUTE = ("gemm", "attention", "memory")
+_APART = ("tp", "expert", "wait", "host", "weights")
 
 
 @dataclass(frozen=True)
@@ -71,14 +73,15 @@ def time_by_cause(
     uneven = max(busy) - mean
     return {
         "arithmetic": arithmetic,
-        "kernels": sum(spent.get(name, 0.0) for name in _COMPUTE) - arithmetic,
+        "kernels": sum(seconds for name, seconds in spent.items() if name not in _APART) - arithmetic,
         "tp": spent.get("tp", 0.0),
         "expert": spent.get("expert", 0.0),
         "wait": spent.get("wait", 0.0),
+        "host": spent.get("host", 0.0),
         "recompute": again,
         "uneven": uneven,
         "fill": result.pipeline_s - mean - uneven,
-        "dp": result.end.exposed_s,
+        "dp": result.end.exposed_s + spent.get("weights", 0.0),
         "update": result.end.update_s + result.end.fixed_s,
     }
 

@@ -14,7 +14,9 @@ from math import inf
 
 from skymoe.base.errors import ConfigError
 from skymoe.plan.cost.model import step_end
+from skymoe.plan.pipeline.infeasible import smallest_memory
 from skymoe.plan.pipeline.problem import Answer
+from skymoe.plan.pipeline.schedule import is_one_f_one_b
 from skymoe.plan.pipeline.solve import solve, uniform
 from skymoe.plan.train.asked import Asked
 from skymoe.plan.train.priced import Priced, price_all
@@ -137,12 +139,21 @@ def divide(priced: Priced) -> Found | Refused:
     assert memory is not None, "a GPU has a memory"
     if priced.static_share > memory:
         return _too_large(priced, priced.static_share, "weights, gradients and optimizer alone")
+    plain = uniform(priced.problem)
+    if max(plain.memory) > memory and is_one_f_one_b(priced.problem):
+        # Asked for before the solver is, which tells at length what else would do.
+        least = smallest_memory(priced.problem)
+        if least > memory:
+            return _too_large(priced, least, f"the leanest split, {_again(priced)},")
     try:
         answer = solve(priced.problem)
     except ConfigError:
-        again = "every layer run again" if priced.problem.recompute else "nothing run again"
-        return _too_large(priced, max(uniform(priced.problem).memory), f"the uniform split with {again}")
+        return _too_large(priced, max(plain.memory), f"the uniform split, {_again(priced)},")
     return found_of(priced, answer)
+
+
+def _again(priced: Priced) -> str:
+    return "layers run again where that helps" if priced.problem.recompute else "nothing run again"
 
 
 def found_of(priced: Priced, answer: Answer) -> Found:
