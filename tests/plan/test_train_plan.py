@@ -114,7 +114,7 @@ def test_the_table_begins_with_the_answer(report: TrainPlan) -> None:
     show(report, console)
     text = console.export_text()
     assert text.index("speed") < text.index("stages") < text.index("where a step's time goes")
-    assert f"{report.best.tokens_per_s_per_gpu:,.4g} tokens/s per GPU" in text
+    assert f"{report.best.tokens_per_s_per_gpu:,.0f} tokens/s per GPU" in text
     assert "trust:" in text
     assert counts((5.0, 5.0, 4.5, 4.0)) == "5x2 4.5 4"
 

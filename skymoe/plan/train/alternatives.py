@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from skymoe.base.errors import ConfigError
-from skymoe.plan.pipeline.solve import solve, with_vocabulary_parallel
+from skymoe.plan.pipeline.solve import with_vocabulary_parallel
 from skymoe.plan.train.asked import Asked
 from skymoe.plan.train.priced import price
 from skymoe.plan.train.result import Alternative
-from skymoe.plan.train.search import GB, Found, divide, found_of
+from skymoe.plan.train.search import GB, Found, divide
 from skymoe.plan.work import Recompute
 from skymoe.spec.layout import DispatchMode
 
@@ -43,12 +42,11 @@ def vocabulary_parallel(best: Found) -> Alternative | None:
     """Embedding and head divided over all ranks of the pipeline."""
     if best.candidate.pp == 1:
         return None
-    try:
-        answer = solve(with_vocabulary_parallel(best.priced.problem))
-    except ConfigError:
+    divided = divide(replace(best.priced, problem=with_vocabulary_parallel(best.priced.problem)))
+    if not isinstance(divided, Found):
         return None
     note = "embedding and head divided over all stages (Yeung et al., MLSys 2025); `skymoe train` does not run it"
-    return _alternative("vocabulary parallelism", best, found_of(best.priced, answer), note)
+    return _alternative("vocabulary parallelism", best, divided, note)
 
 
 def other_recompute(asked: Asked, best: Found) -> tuple[Alternative, ...]:

@@ -61,7 +61,7 @@ def _cards(report: TrainPlan) -> tuple[Card, ...]:
     shares = f"causal; {percent(best.mfu_full)} full, HFU {percent(best.hfu)}"
     memory = f"of {report.memory_limit_gb:.1f} GB, fullest rank"
     return (
-        Card(name="Speed", value=f"{best.tokens_per_s_per_gpu:,.4g}", unit="tokens/s per GPU"),
+        Card(name="Speed", value=f"{best.tokens_per_s_per_gpu:,.0f}", unit="tokens/s per GPU"),
         Card(name="Step", value=time(best.step_time_s), unit=f"{report.layout.num_micro} micro-batches per replica"),
         Card(name="MFU", value=percent(best.mfu_causal), unit=shares),
         Card(name="Bubble", value=percent(best.bubble_fraction), unit=f"uniform {percent(plain.bubble_fraction)}"),
@@ -147,7 +147,7 @@ def _candidates(report: TrainPlan) -> Section:
 def _rows(candidates: Sequence[Row], label: str) -> Html:
     lines = [
         (
-            row.layout.words, f"{row.tokens_per_s_per_gpu:,.4g}", f"{row.memory_gb:.1f}",
+            row.layout.words, f"{row.tokens_per_s_per_gpu:,.0f}", f"{row.memory_gb:.1f}",
             percent(row.bubble_fraction), row.reason,
         )
         for row in candidates
@@ -169,7 +169,7 @@ def _beyond(report: TrainPlan) -> Section:
     others = [*report.alternatives, *([report.vocabulary_parallel] if report.vocabulary_parallel else [])]
     lines = [
         (
-            one.what, f"{one.tokens_per_s_per_gpu:,.4g}", f"{100 * one.gain:+.1f} %",
+            one.what, f"{one.tokens_per_s_per_gpu:,.0f}", f"{100 * one.gain:+.1f} %",
             f"{max(one.memory_gb):.1f}", one.note,
         )
         for one in others

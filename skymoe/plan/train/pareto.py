@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from skymoe.base.errors import ConfigError
-from skymoe.plan.pipeline.solve import solve
 from skymoe.plan.train.figures import with_memory
-from skymoe.plan.train.search import GB, Found, found_of
+from skymoe.plan.train.search import GB, Found, Refused, divide
 
 SHARES = (0.85, 0.7, 0.55, 0.4)
 """Of the memory of the fastest layout."""
@@ -36,9 +34,7 @@ def _for_less(found: Found) -> Iterable[Found]:
     """The same layout, divided for less and less memory, as long as it fits."""
     for share in SHARES:
         priced = with_memory(found.priced, share * found.memory_gb * GB)
-        if priced.static_share > (priced.problem.memory or 0.0):
+        divided = divide(priced)
+        if isinstance(divided, Refused):
             return
-        try:
-            yield found_of(priced, solve(priced.problem))
-        except ConfigError:
-            return
+        yield divided

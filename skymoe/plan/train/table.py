@@ -47,7 +47,7 @@ def _answer(report: TrainPlan) -> Table:
             "step",
             f"{best.step_time_s:.3g} s in {report.layout.num_micro} micro-batches; bubble {best.bubble_fraction:.1%}",
         ),
-        ("speed", f"{best.tokens_per_s_per_gpu:,.4g} tokens/s per GPU"),
+        ("speed", f"{best.tokens_per_s_per_gpu:,.0f} tokens/s per GPU"),
         ("MFU", f"{best.mfu_causal:.1%} causal, {best.mfu_full:.1%} full attention; HFU {best.hfu:.1%}"),
         ("memory", f"{max(best.memory_gb):.1f} GB on the fullest rank, {min(best.memory_gb):.1f} on the emptiest"),
         ("uniform split", f"{counts(plain.split)}: {report.gain_vs_uniform:+.1%} is gained over it{_unfit(plain)}"),
@@ -99,7 +99,7 @@ def _rows(title: str, rows: Sequence[Row], last: str) -> Table:
         one = row.layout
         table.add_row(
             f"{one.pp} x {one.dp} x {one.tp}", f"{one.expert}/{one.dispatch}", str(one.micro_batch), one.schedule_words,
-            f"{row.tokens_per_s_per_gpu:,.4g}", f"{row.memory_gb:.1f}", str(sum(row.recompute) or ""), row.reason,
+            f"{row.tokens_per_s_per_gpu:,.0f}", f"{row.memory_gb:.1f}", str(sum(row.recompute) or ""), row.reason,
         )  # fmt: skip
     return table
 
