@@ -15,6 +15,9 @@ def validate(
     group: Annotated[list[str] | None, typer.Option(help="Only this group; may be repeated.")] = None,
     worst: Annotated[int | None, typer.Option(min=0, help="How many of the largest errors to show.")] = None,
     write_docs: Annotated[Path | None, typer.Option(help="Write the accuracy page (Markdown) to this file.")] = None,
+    write_accuracy: Annotated[
+        Path | None, typer.Option(help="Write the figures that plans say about themselves (JSON) to this file.")
+    ] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -26,7 +29,10 @@ def validate(
     from skymoe.plan.validate.run import run
     from skymoe.plan.validate.table import show
 
-    options = given(cases=cases, groups=tuple(group) if group else None, worst=worst, write_docs=write_docs)
+    options = given(
+        cases=cases, groups=tuple(group) if group else None, worst=worst, write_docs=write_docs,
+        write_accuracy=write_accuracy,
+    )  # fmt: skip
     config = check_config(ValidateConfig, options)
     report = run(config)
     if as_json:

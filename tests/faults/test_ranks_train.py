@@ -93,7 +93,7 @@ def reference(root: Path, references: dict[str, float], layout: str) -> Path:
 
 @pytest.mark.parametrize("layout, seed", [(list(LAYOUTS)[n % len(LAYOUTS)], n // len(LAYOUTS)) for n in range(KILLS)])
 def test_a_rank_killed_at_a_random_moment_costs_nothing_but_time(root, references, tmp_path, layout, seed):
-    """Half of the runs are started again by the launcher, half by the user; half of each save while training goes on."""
+    """Half are started again by the launcher, half by the user; half of each save while training goes on."""
     straight, directory = reference(root, references, layout), tmp_path / "run"
     chance = random.Random(f"{layout} {seed}")
     restarts, saving = seed % 2, f"checkpoint.asynchronous={bool(seed // 2 % 2)}"

@@ -1,17 +1,20 @@
-"""How far the figures of a plan can be trusted, in words. The measured cases behind it are in docs/plan_accuracy.md."""
+"""How far the figures of a plan can be trusted: in words, and what the last validation found (docs/plan_accuracy.md)."""
 
 from __future__ import annotations
 
 from skymoe.plan.train.asked import Asked
+from skymoe.plan.trust import found
 
 PAGE = "docs/plan_accuracy.md"
 
 
 def accuracy_of(asked: Asked) -> tuple[str, ...]:
     """For this kind of model and machine."""
-    kind = "mixtures of experts" if asked.spec.moe else "dense models"
+    kind = "MoE" if asked.spec.moe else "dense"
+    names = [f"step time, {kind}, fully known layout", f"step time, {kind}, with assumptions", "memory, mean error"]
+    figures = "; ".join(found()[name].said for name in names if name in found())
     told = [
-        f"predicted, not measured: {PAGE} holds predictions against published runs, among them {kind}",
+        f"predicted, not measured; {figures} ({PAGE})",
         "layouts of one table are compared more safely than a step time is believed: most errors are common to all",
     ]
     if asked.spec.moe and asked.config.imbalance == 1.0 and asked.config.capacity is None:

@@ -20,3 +20,5 @@ class ValidateConfig(Config):
     """how many comparisons with the largest errors to show"""
     write_docs: Path | None = None
     """write the accuracy page (Markdown) to this file"""
+    write_accuracy: Path | None = None
+    """write the promises' figures (JSON) to this file: what plans say about their own accuracy"""

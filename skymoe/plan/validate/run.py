@@ -7,9 +7,10 @@ catalogue, and how they were fitted is `benchmarks/calibrate.py`'s affair.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
-from skymoe.base.errors import ConfigError
+from skymoe.base.errors import ConfigError, printable
+from skymoe.base.files import write_atomic
+from skymoe.plan.trust import Found, encode
 from skymoe.plan.validate.cases import Case, NotJudged, NotJudgedError, read_cases
 from skymoe.plan.validate.compare import compare
 from skymoe.plan.validate.components import compare_component, compare_relative_memory
@@ -45,7 +46,11 @@ def run(config: ValidateConfig) -> ValidateReport:
             )
     report = validate(cases, refused, name=config.cases.name)
     if config.write_docs is not None:
-        Path(config.write_docs).write_text(accuracy_page(report, worst=max(config.worst, 40)), encoding="utf-8")
+        write_atomic(config.write_docs, accuracy_page(report, worst=max(config.worst, 40)).encode())
+    if config.write_accuracy is not None:
+        gates = [gate for gate in report.gates if gate.value is not None]
+        found = (Found(gate.name, gate.value or 0.0, gate.limit, gate.num_cases) for gate in gates)
+        write_atomic(config.write_accuracy, encode(found))
     return report
 
 
@@ -64,6 +69,9 @@ def validate(cases: Sequence[Case], refused: Sequence[NotJudged] = (), *, name: 
                 raise NotJudgedError("nothing that was measured is predicted")
         except NotJudgedError as reason:
             aside.append(NotJudged(case.id, case.group, str(reason)))
+        except (ValueError, ArithmeticError, LookupError) as error:  # of a stranger's table: one row, not the run
+            told = f"its fields do not go together ({type(error).__name__}: {printable(error, 120)})"
+            aside.append(NotJudged(case.id, case.group, told))
     comparisons += gains(cases, comparisons)
     conventions = {group: f"{source.convention}: {source.checked}" for group, source in SOURCES.items()}
     groups = grouped(comparisons, aside, conventions)
