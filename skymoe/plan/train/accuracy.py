@@ -1,4 +1,4 @@
-"""How far the figures of a plan can be trusted: in words, and what the last validation found (docs/plan_accuracy.md)."""
+"""How far the figures of a plan can be trusted: in words, and as the last validation found (docs/plan_accuracy.md)."""
 
 from __future__ import annotations
 
