@@ -1,1 +1,1 @@
-"""Decisions on paper: the order of work in a pipeline, and how long it takes."""
+"""Decisions on paper: what a layout costs in time and memory, which is best, and how far to trust that."""

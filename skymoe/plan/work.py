@@ -109,7 +109,7 @@ class Work:
         flash: attention is fused, scores are never stored.
         imbalance: load of the fullest expert rank over the mean (dropless), at least 1.
         capacity: capacity factor when tokens are padded and dropped to it, else None.
-        chunks: stages per pipeline rank (a factor on hops only).
+        chunks: stages per pipeline rank (how much of the step's end they hide; see `step_end`).
         fused_loss: softmax and cross entropy in few passes over the logits.
     """
 

@@ -3,8 +3,8 @@
 Projections are cut over tp by whole key/value groups, the first ranks taking the remainder, so the slowest rank has
 ceil(groups / tp) of them. Fused (flash) attention is counted by the pairs that a causal model needs; its backward pass
 has 2.5 times the arithmetic (it computes the scores again: Dao 2023, section 3.1). Unfused attention computes all
-pairs and sends scores through memory: per head and pair, in 2 bytes, some 6 passes forward and 8 backward, 2 and 3
-more with dropout (Korthikanti et al. 2022, section 4.1 keeps 5 a s^2 b of them; the rest is traffic).
+pairs and sends scores through memory: per head and pair, in 2 bytes, some 4 passes forward and 8 backward, 2.5 more
+each with dropout (Korthikanti et al. 2022, section 4.1 keeps 5 a s^2 b of them; the rest is traffic).
 
 Streams, in passes over the rows of the residual stream: norm 2, residual 3, backward 3 and 3 (the gradient of the
 residual is added), with dropout one more each and its mask; rotary 2 and 2 passes over queries and keys. Context

@@ -50,7 +50,7 @@ class Link:
 
 @dataclass(frozen=True, kw_only=True)
 class Laws:
-    """The constants of the cost laws on one type of GPU; few, fitted or measured, with their origin in the data file.
+    """The constants of the cost laws on one type of GPU; few, chosen or measured, with their origin in the data file.
 
     GEMM: t = launch_s + sqrt((2MKN / (gemm * peak))^2 + (bytes / (memory * bandwidth))^2)   (research: three constants
     fit 37,584 measured GEMMs within 6 to 10 %).

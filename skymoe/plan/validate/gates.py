@@ -1,4 +1,4 @@
-"""The promises that a validation holds or breaks. Limits are those with which the planner was commissioned."""
+"""The promises that a validation holds or breaks. Limits are what was aimed at."""
 
 from __future__ import annotations
 

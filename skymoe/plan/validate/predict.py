@@ -1,6 +1,6 @@
 """A training case as the planner sees it: Work, stages, recomputation, and one call of `estimate`.
 
-The same code that plans answers here; nothing below knows a group by name. What a published run does and `estimate`
+The same code that plans answers here; of sources only `has_flash` knows names. What a published run does and `estimate`
 does not know is translated into prices: a head divided over all stages (Vocabulary Parallelism), a second head and one
 more layer at the end (multi-token prediction).
 """
@@ -40,7 +40,7 @@ from skymoe.spec.layout import ScheduleKind
 from skymoe.spec.split import Split
 
 VOCABULARY_PASSES = 1.08
-"""What passes of divided vocabulary layers add to every stage: all ranks meet twice per micro-batch. Fitted to the
+"""What passes of divided vocabulary layers add to every stage: all ranks meet twice per micro-batch. Chosen on the
 uniform and the vocabulary-parallel runs of vocab_parallelism; it is not in the FLOPs."""
 _NEAR = 1.25
 _MOST_TASKS = 400_000  # of a simulated step; more micro-batches than that repeat themselves

@@ -45,11 +45,11 @@ class Software:
 SOFTWARE: Final[Mapping[str, Software]] = {
     "llm-foundry, PyTorch 2.0 FSDP, A100": Software(
         framework=r"llm-foundry", gpu=r"a100", memory=0.60,
-        origin="fitted to mosaic_mpt on A100: streams are not fused",
+        origin="chosen on mosaic_mpt on A100: streams are not fused",
     ),
     "llm-foundry, PyTorch 2.0 FSDP, H100": Software(
         framework=r"llm-foundry", gpu=r"h100", gemm=0.83, attention=0.36, memory=0.50,
-        origin="fitted to mosaic_mpt on H100: kernels of 2023, written for A100",
+        origin="chosen on mosaic_mpt on H100: kernels of 2023, written for A100",
     ),
     "Megatron-Bridge on Blackwell": Software(
         framework=r"megatron-bridge", gpu=r"g?b[23]00", host=0.25,
@@ -57,7 +57,7 @@ SOFTWARE: Final[Mapping[str, Software]] = {
     ),
     "InternEvo": Software(
         framework=r"internevo", gpu=r"a", owner_s=0.0032,
-        origin="fitted to internevo with ZeRO-1 over all replicas: every owner broadcasts its weights",
+        origin="chosen on internevo with ZeRO-1 over all replicas: every owner broadcasts its weights",
     ),
 }  # fmt: skip
 
