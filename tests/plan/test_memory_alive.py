@@ -30,6 +30,14 @@ def test_alive_interleaved(pp: int, chunks: int, rounds: int) -> None:
     assert list(alive_counts(ScheduleKind.INTERLEAVED, pp, pp * chunks, (rounds + 3) * pp)) == longer
 
 
+@pytest.mark.parametrize(("pp", "chunks", "micro"), [(2, 2, 3), (3, 2, 5), (3, 3, 8), (4, 2, 6), (12, 2, 16)])
+def test_alive_interleaved_with_rounds_longer_than_the_pipeline(pp: int, chunks: int, micro: int) -> None:
+    """Micro-batches that are no multiple of the ranks go in larger rounds, and more chunks are alive."""
+    order = interleaved(pp, chunks, micro)
+    expected = tuple(worst_moments(tasks) for tasks in order)
+    assert alive_counts(ScheduleKind.INTERLEAVED, pp, pp * chunks, micro) == expected
+
+
 @given(pp=st.integers(2, 6), extra=st.integers(0, 30))
 @settings(deadline=None)
 def test_alive_zbv_is_settled_after_three_rounds(pp: int, extra: int) -> None:

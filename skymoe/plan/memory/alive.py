@@ -27,11 +27,12 @@ def alive_counts(schedule: ScheduleKind, pp: int, num_stages: int, num_micro: in
         return (worst_moments(one_rank(num_stages, 1)[0]),)
     if schedule is ScheduleKind.ONE_F_ONE_B:
         return tuple(((min(pp - rank, num_micro),),) for rank in range(pp))
-    enough = min(num_micro, 3 * pp)  # warm-up takes at most two rounds; then rounds repeat
+    enough = min(num_micro, 3 * pp)  # warm-up takes at most two rounds; then rounds of pp repeat
     if schedule is ScheduleKind.ZERO_BUBBLE:
         return tuple(worst_moments(tasks) for tasks in zbv(pp, enough))
-    whole = enough if enough < pp else -(-enough // pp) * pp
-    return tuple(worst_moments(tasks) for tasks in interleaved(pp, num_stages // pp, whole))
+    if num_micro % pp == 0:
+        num_micro = enough
+    return tuple(worst_moments(tasks) for tasks in interleaved(pp, num_stages // pp, num_micro))
 
 
 def vocabulary_alive(pp: int, num_micro: int, *, barriers: int = 1) -> tuple[int, ...]:
