@@ -24,6 +24,7 @@ from skymoe.plan.cost.attention import residual_streams
 from skymoe.plan.cost.bill import Bill, Frame, tensor_parallel
 from skymoe.plan.cost.collectives import Group, exposed
 from skymoe.plan.cost.laws import NOTHING, LinearTime
+from skymoe.plan.memory.static import columns as columns_of
 from skymoe.plan.shape import FfnShape
 from skymoe.plan.work import Recompute
 from skymoe.spec.layout import DispatchMode
@@ -63,7 +64,7 @@ def local_experts(frame: Frame, ffn: FfnShape) -> int:
 
 def _dense(frame: Frame, bill: Bill, ffn: FfnShape, inner: int) -> LinearTime:
     """Matrices and activation of a feed-forward that all tokens pass; returns the first matrix."""
-    columns = math.ceil(inner / frame.work.division.tp)
+    columns = columns_of(inner, frame.work.division.tp)
     first = frame.kernels.linear(frame.tokens, frame.hidden, columns * (ffn.matrices - 1))
     bill.linear(first)
     bill.linear(frame.kernels.linear(frame.tokens, columns, frame.hidden))
@@ -90,7 +91,7 @@ def _router(frame: Frame, bill: Bill, ffn: FfnShape) -> None:
 def _experts(frame: Frame, bill: Bill, ffn: FfnShape) -> None:
     """Grouped products and the activation between them; imbalance apart."""
     kernels, work = frame.kernels, frame.work
-    experts, inner = local_experts(frame, ffn), math.ceil(ffn.inner / work.division.etp)
+    experts, inner = local_experts(frame, ffn), columns_of(ffn.inner, work.division.etp)
     imbalance = 1.0 if work.capacity else max(1.0, work.imbalance)
 
     def products(rows: float) -> LinearTime:
