@@ -13,7 +13,6 @@ from typing import Final
 
 from skymoe.plan.hardware.gpu import Precision
 from skymoe.plan.memory.model import sizes
-from skymoe.plan.memory.sizes import RankMemory
 from skymoe.plan.validate.cases import Case, NotJudgedError
 from skymoe.plan.validate.conventions import convention_of, counted_flops
 from skymoe.plan.validate.predict import Prediction, predict, share_again
@@ -51,7 +50,7 @@ def _figures(case: Case, prediction: Prediction) -> Iterator[Comparison]:
             yield comparison("step_time", "s", prediction.estimate.step_s, seconds)
     for path, unit in _PEAKS:
         if case.has(path):
-            peak = max(allocated(rank) for rank in prediction.estimate.memory)
+            peak = max(rank.allocated for rank in prediction.estimate.memory)
             yield comparison("memory", "GB", peak / 1e9, case.number(path, low=1e-3) * unit / 1e9)
             break
     first = prediction.estimate.memory[0]
@@ -67,11 +66,6 @@ def _figures(case: Case, prediction: Prediction) -> Iterator[Comparison]:
 def _embedding_static(prediction: Prediction) -> float:
     """The source of these figures counts layers only."""
     return sizes(prediction.work).embedding.static
-
-
-def allocated(rank: RankMemory) -> float:
-    """Without the reserve."""
-    return rank.total - rank.reserve
 
 
 def measured_step_s(case: Case, prediction: Prediction) -> float | None:

@@ -6,10 +6,11 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from skymoe.plan.cost.collectives import Group
 from skymoe.plan.cost.laws import Kernels
 from skymoe.plan.cost.model import prices
 from skymoe.plan.hardware.catalogue import cluster_of
-from skymoe.plan.hardware.gpu import Precision
+from skymoe.plan.hardware.gpu import Cluster, Precision
 from skymoe.plan.memory.model import sizes
 from skymoe.plan.validate.cases import Case, NotJudgedError
 from skymoe.plan.validate.layouts import case_precision
@@ -52,7 +53,7 @@ def _product(case: Case) -> Comparison:
 
 
 def _collective(case: Case) -> Comparison:
-    """An all-reduce within a node, or a transfer from node to node, at 64 MiB."""
+    """A collective within a node, at 64 MiB: the law of the price list, not a copy of it."""
     found = re.search(r"(all_reduce|all_gather|reduce_scatter|send_recv)-(\d+|two-nodes|one-node|same-node)", case.id)
     if found is None or "pairwise" in case.id:
         raise NotJudgedError("links of another kind than the catalogue's GPU has")
@@ -64,8 +65,10 @@ def _collective(case: Case) -> Comparison:
     ranks = int(found[2]) if found[2].isdigit() else 0
     if not 2 <= ranks <= gpu.gpus_per_node:
         raise NotJudgedError("a group that is not within one node")
-    factor = (2.0 if found[1] == "all_reduce" else 1.0) * (ranks - 1) / ranks
-    predicted = gpu.node.latency_s + factor * _AT_BYTES / gpu.node.bandwidth
+    group = Group(Cluster(gpu=gpu, num_gpus=ranks, gpus_per_node=gpu.gpus_per_node), ranks)
+    is_sum = found[1] == "all_reduce"
+    predicted = group.all_reduce(_AT_BYTES) if is_sum else group.all_gather(_AT_BYTES)
+    factor = (2.0 if is_sum else 1.0) * (ranks - 1) / ranks
     measured = measured_alpha + factor * _AT_BYTES / bandwidth
     return _comparison(case, "collective", "us", predicted * 1e6, measured * 1e6)
 

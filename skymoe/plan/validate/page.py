@@ -23,9 +23,10 @@ the mean of absolute errors, *bias* the mean of signed ones. Bubbles are compare
 No law has a constant for one case. Each type of GPU has a few (see `skymoe/plan/hardware/gpus.yaml`, with their
 origin), and some software generations some factors (below). They were chosen by hand, near what the search of
 `benchmarks/calibrate.py` finds on half of the cases, but with all cases on this page in view: the errors here are those
-of a model that has seen the data, no held-out ones. `host_us` is a placeholder, judged on a few rows of mixtures of experts. Peaks, memory sizes and
-link rates are the makers' published figures as remembered, not looked up again. Single sources decided some choices:
-what divided vocabulary layers add (vocab_parallelism), the vocabulary of zero_bubble, the assumed batch of Skywork-MoE.
+of a model that has seen the data, no held-out ones. `host_us` is a placeholder, judged on a few rows of mixtures of
+experts. Peaks, memory sizes and link rates are the makers' published figures as remembered, not looked up again. Single
+sources decided some choices: what divided vocabulary layers add (vocab_parallelism), the vocabulary of zero_bubble, the
+assumed batch of Skywork-MoE.
 
 A layout is *fully known* when tensor, pipeline and data parallel ranks, the micro-batch, the number of micro-batches
 and recomputation are all published. What is not published is assumed in one way for all: no recomputation unless that

@@ -22,7 +22,7 @@ from skymoe.plan.validate.models import case_model
 from skymoe.plan.validate.predict import predict
 from skymoe.plan.validate.result import Comparison
 
-_MOST_RANKS, _MOST_MICRO = 512, 4096
+_MOST_RANKS, _MOST_MICRO, _MOST_TASKS = 512, 4096, 400_000
 _MANY: Final = 64  # micro-batches per rank until a period is steady
 
 
@@ -80,8 +80,10 @@ def _figure(case: Case) -> Iterator[Comparison]:
 
 
 def steady_period(forward_s: list[float], backward_s: list[float]) -> float:
-    """Time per micro-batch under 1F1B once warm-up is over, simulated."""
+    """Time per micro-batch under 1F1B once warm-up is over, simulated. Raises NotJudgedError."""
     pp = len(forward_s)
+    if not 0 < 2 * (8 + _MANY // 4) * pp * pp <= _MOST_TASKS or not max(*forward_s, *backward_s) > 0:
+        raise NotJudgedError(f"{pp} stages: nothing to simulate, or too much")
     short, long = ((rounds * pp, _run(forward_s, backward_s, rounds * pp)) for rounds in (8, 8 + _MANY // 4))
     return (long[1].span_s - short[1].span_s) / (long[0] - short[0])
 
@@ -126,6 +128,8 @@ def _simulated_step(case: Case, forward: list[float], backward: list[float]) -> 
     sequence_length, sequences = case.count("batch.seq_len"), case.count("batch.micro_batch_size")
     if not case.has("measured.mfu"):
         return
+    if 2 * number * len(forward) > _MOST_TASKS:
+        raise NotJudgedError(f"{number} micro-batches over {len(forward)} stages are too many to simulate")
     convention, _ = convention_of(case)
     per_token = counted_flops(case_model(case).shape, sequence_length, convention)
     rate = case.number("measured.mfu", low=1e-3, high=1.0) * case_gpu(case).peak[Precision.BF16] * len(forward)

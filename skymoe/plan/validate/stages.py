@@ -25,7 +25,7 @@ def case_stages(shape: ModelShape, layout: CaseLayout, sequence_length: int, pre
         if sum(layout.written) != layers:
             raise NotJudgedError("the layer split does not have the model's layers")
         return Split(layout.written).scaled(2)
-    if layout.placement is Placement.REDISTRIBUTED:
+    if layout.placement is Placement.REDISTRIBUTED and num_stages > 1:
         return redistributed(shape, num_stages, sequence_length).scaled(2)
     if layers % num_stages == 0 and layout.placement is not Placement.ENDS_FEWER:
         return Split.even(layers, num_stages).scaled(2)
