@@ -7,9 +7,12 @@ import typer
 from skymoe.cli import plan_guide, plan_pipeline, plan_profile, plan_serve, plan_train, plan_validate
 
 app = typer.Typer(no_args_is_help=True, help="Plan a training or serving layout before a GPU hour is burned.")
-app.command()(plan_profile.profile)
-app.command()(plan_serve.serve)
-app.command()(plan_validate.validate)
-app.command()(plan_train.train)
-app.command()(plan_guide.guide)
-app.command()(plan_pipeline.pipeline)
+for command in (
+    plan_train.train,
+    plan_pipeline.pipeline,
+    plan_serve.serve,
+    plan_guide.guide,
+    plan_profile.profile,
+    plan_validate.validate,
+):
+    app.command()(command)
