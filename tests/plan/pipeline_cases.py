@@ -50,6 +50,7 @@ def problems(draw: st.DrawFn, most_units: int = 8, most_ranks: int = 4) -> Probl
         )
         for _ in range(2)
     ]  # fmt: skip
+    ends = [end if draw(st.integers(0, 3)) else End() for end in ends]
     return Problem(
         units=draw(units(count)),
         num_ranks=ranks,
@@ -71,7 +72,8 @@ def divisions(problem: Problem) -> Iterator[tuple[tuple[int, ...], tuple[int, ..
     for cuts in combinations_with_replacement([0, *inner, count], last):
         places = (0, *cuts, count)
         sizes = tuple(end - start for start, end in zip(places, places[1:], strict=False))
-        if last > 1 and min(sizes[1:-1]) == 0:
+        may_be_empty = (problem.embedding != End(), *(False for _ in sizes[1:-1]), problem.head != End())
+        if last and any(not size and not may for size, may in zip(sizes, may_be_empty, strict=True)):
             continue
         most = [len(set(layers[start:end])) for start, end in zip(places, places[1:], strict=False)]
         for again in product(*(range(number + 1 if problem.recompute else 1) for number in most)):

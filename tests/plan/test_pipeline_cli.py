@@ -51,7 +51,7 @@ def test_the_documented_keys() -> None:
 def test_halves_and_schedules() -> None:
     halves = ["--forward", "0.4,0.6x1,0.4,0.6", "--backward", "1", "--halves", "--stages", "3", "--microbatches", "6"]
     assert answer(*halves)["split"] == [2, 1, 1]
-    assert sorted(answer(*halves, "--whole-layers")["split"]) == [0, 2, 2]
+    assert answer(*halves, "--whole-layers", "--head-forward", "0.5")["split"] == [2, 2, 0]
     zbv = answer("--forward", "1x8", "--backward", "2", "--weight", "1", "--stages", "2", "--microbatches", "8",
                  "--schedule", "zbv")  # fmt: skip
     assert len(zbv["split"]) == 4 and zbv["chunks"] == 2 and len(zbv["memory"]) == 2
@@ -67,7 +67,12 @@ def test_the_table_has_both_divisions_and_the_proof() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--forward", "1x24", "--backward", "2", "--stages", "27"], "at most 26 ranks"),
+        (["--forward", "1x24", "--backward", "2", "--stages", "27"], "at most 24 stages"),
+        (["--forward", "1,1", "--backward", "2", "--stages", "4", "--head-forward", "1"], "at most 3 stages"),
+        (["--forward", "1x4", "--backward", "2", "--stages", "3", "--halves", "--whole-layers"], "may cut layers"),
+        (["--forward", "1e308x4", "--backward", "1", "--stages", "2"], "forward.0: input should be less than or equal"),
+        (["--forward", "1x4", "--backward", "1", "--stages", "2", "--hop", "1e308"], "hop: input should be less than"),
+        (["--forward", "1x4", "--backward", "1", "--stages", "2", "--memory", "1e308"], "memory: input should be less"),
         (["--forward", "1x24", "--backward", "-2", "--stages", "4"], "backward"),
         (["--forward", "1,1", "--backward", "2,2,2", "--stages", "2"], "3 values for 2 units"),
         (["--forward", "1x5000", "--backward", "2", "--stages", "2"], "more than 4096 units"),

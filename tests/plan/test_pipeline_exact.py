@@ -65,7 +65,7 @@ def test_tables_are_the_loads(problem: Problem) -> None:
         block, least = tables.block(stage, everything, everything), tables.least_memory(stage, everything, everything)
         alive = min(problem.num_ranks - stage, problem.num_micro)
         for i in everything:
-            for j in range(i + (stage not in (0, problem.num_ranks - 1)), tables.last + 1):
+            for j in range(i + (not problem.may_be_empty(stage)), tables.last + 1):
                 units = problem.units[tables.positions[i] : tables.positions[j]]
                 most = len({unit.layer for unit in units}) if problem.recompute else 0
                 loads = [stage_load(problem, stage, units, again) for again in range(most + 1)]
@@ -216,7 +216,9 @@ def test_vocabulary_parallelism_takes_the_head_away() -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"num_ranks": 9}, "at most 8 ranks"),
+        ({"num_ranks": 7}, "at most 6 stages"),
+        ({"num_ranks": 8, "head": End(forward=1.0)}, "the last, with the head, may\n  try: at most 7 stages"),
+        ({"num_ranks": 9, "head": End(forward=1.0), "embedding": End(static=1.0)}, "at most 8 stages"),
         ({"num_ranks": 0}, "1 to 1024 stages"),
         ({"num_micro": 0}, "micro-batches, got 0"),
         ({"units": ()}, "1 to 4096 units, got 0"),
@@ -233,6 +235,13 @@ def test_vocabulary_parallelism_takes_the_head_away() -> None:
 def test_what_is_no_pipeline_is_refused(change: dict[str, object], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         solve(replace(plain(6, 2, 8), **change))
+
+
+@pytest.mark.parametrize(("head", "embedding", "sizes"), [(1.0, 0.0, (1, 1, 0)), (0.0, 1.0, (0, 1, 1))])
+def test_only_a_stage_with_an_end_may_be_empty(head: float, embedding: float, sizes: tuple[int, ...]) -> None:
+    ends = {"head": End(forward=head, backward=head), "embedding": End(forward=embedding, backward=embedding)}
+    problem = plain(2, 3, 8, **ends)
+    assert solve(problem).stages.sizes == uniform(problem).stages.sizes == sizes
 
 
 @settings(max_examples=40, deadline=None)

@@ -7,11 +7,14 @@ import math
 from skymoe.base.errors import ConfigError
 from skymoe.plan.pipeline.problem import End, Problem, Unit
 from skymoe.plan.pipeline.schedule import check_schedule
+from skymoe.spec.layout import ScheduleKind
 
 MAX_UNITS = 4096
 MAX_RANKS = 1024
 MAX_PASSES = 2**20
 """Stages times micro-batches: what one simulated step may have."""
+MAX_NUMBER = 1e30
+"""Of one unit; sums and products of such numbers stay far from overflow."""
 
 
 def check(problem: Problem) -> None:
@@ -57,15 +60,41 @@ def _check_counts(problem: Problem) -> None:
 def _check_number(value: float, where: str) -> None:
     if not 0 <= value < math.inf:
         raise ConfigError(f"must be a number, 0 or more, got {value:g}", where=where)
+    if value > MAX_NUMBER:
+        raise ConfigError(
+            f"must be at most {MAX_NUMBER:g}, got {value:g}", where=where, hint="a larger unit of measure"
+        )
 
 
 def _check_stages(problem: Problem, num_layers: int) -> None:
     pieces, what = (num_layers, "layers") if problem.whole_layers else (len(problem.units), "units")
-    if problem.num_stages > pieces + 2:
-        most = (pieces + 2) // problem.chunks
+    last = problem.num_stages - 1
+    most = pieces + (problem.may_be_empty(0) + problem.may_be_empty(last) if last else 0)
+    if problem.num_stages > most:
+        ends = [
+            name
+            for name, end in (
+                ("the first, with the embedding,", problem.embedding),
+                ("the last, with the head,", problem.head),
+            )
+            if end != End()
+        ]
+        idle = problem.num_stages - most
         raise ConfigError(
-            f"{problem.num_stages} stages for {pieces} {what}: a stage between the first and the last would have none",
+            f"{problem.num_stages} stages for {pieces} {what}: {idle} of them would have nothing to do",
             where="stages",
-            why="only the first stage (embedding) and the last (head) may be without layers",
-            hint=f"at most {most} ranks" + (" or fewer chunks" if problem.chunks > 1 else ""),
+            why="only a stage with an embedding or a head may be without layers"
+            + (f": here {' and '.join(ends)} may" if ends else ", and here there is neither"),
+            hint=_fewer(problem, most, pieces),
         )
+
+
+def _fewer(problem: Problem, most: int, pieces: int) -> str:
+    """The largest number of ranks, and where there is a better way, that."""
+    ranks = most // problem.chunks
+    ways = [f"at most {ranks} {'stages' if problem.chunks == 1 else 'ranks'}"] if ranks else []
+    if problem.schedule is ScheduleKind.INTERLEAVED and most // problem.num_ranks >= 2:
+        ways.append(f"{most // problem.num_ranks} chunks")
+    if problem.whole_layers and len(problem.units) > pieces:
+        ways.append("stages that may cut layers (no --whole-layers)")
+    return ", or ".join(ways) or "schedule 1f1b, which has one stage per rank"

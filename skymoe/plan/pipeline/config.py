@@ -11,7 +11,9 @@ from skymoe.base.errors import ConfigError, printable
 from skymoe.plan.pipeline.check import MAX_PASSES, MAX_RANKS, MAX_UNITS
 from skymoe.spec.layout import ScheduleKind
 
-Amount = Annotated[float, Field(ge=0)]
+MAX_AMOUNT = 1e15
+"""Of one unit; above any byte or nanosecond, and far enough below the largest float that no sum overflows."""
+Amount = Annotated[float, Field(ge=0, le=MAX_AMOUNT)]
 Amounts = Annotated[tuple[Amount, ...], Field(min_length=1, max_length=MAX_UNITS)]
 
 

@@ -51,14 +51,12 @@ def uniform(problem: Problem) -> Answer:
     same number of layers run again, the smallest that fits (all of them where none does; see `fits`).
 
     With fewer layers than stages, units are divided instead of layers where the problem allows it. With fewer of those,
-    the last stage has none, then the first.
+    the last stage has none, then the first, as far as they may.
     """
     layers = layers_of(problem.units)
     whole = problem.whole_layers or len(layers) >= problem.num_stages
     pieces = [len(layer) for layer in layers] if whole else [1] * len(problem.units)
-    counts = Split.remainder_first(len(pieces), problem.num_stages)
-    if len(pieces) == problem.num_stages - 2:
-        counts = Split((0, *counts.sizes[:-2], 0))
+    counts = _dealt(problem, len(pieces))
     sizes = tuple(sum(pieces[part.start : part.stop]) for part in counts)
     stages, most = Split(sizes), max(_num_layers(problem, sizes))
     limit = math.inf if problem.memory is None else problem.memory * (1 + SLACK)
@@ -67,6 +65,16 @@ def uniform(problem: Problem) -> Answer:
         if max(peak_memory(problem, loads_of(problem, sizes, recompute))) <= limit:
             break
     return evaluate(problem, stages, recompute)
+
+
+def _dealt(problem: Problem, pieces: int) -> Split:
+    """`pieces` over the stages; where there are too few, one each but for the last stage and then the first."""
+    missing, last = problem.num_stages - pieces, problem.num_stages - 1
+    if missing <= 0 or not last:
+        return Split.remainder_first(pieces, problem.num_stages)
+    empty = [stage for stage in (last, 0) if problem.may_be_empty(stage)][:missing]
+    sizes = iter([1] * pieces + [0] * problem.num_stages)
+    return Split(tuple(0 if stage in empty else next(sizes) for stage in range(problem.num_stages)))
 
 
 def _num_layers(problem: Problem, sizes: Sequence[int]) -> list[int]:

@@ -95,6 +95,11 @@ class Problem:
         """Stages over all ranks."""
         return self.num_ranks * self.chunks
 
+    def may_be_empty(self, stage: int) -> bool:
+        """Whether `stage` may be without units: the first one if it has an embedding, the last one if it has a head."""
+        first = stage == 0 and self.embedding != End()
+        return first or (stage == self.num_stages - 1 and self.head != End())
+
 
 @dataclass(frozen=True, kw_only=True)
 class Certificate:

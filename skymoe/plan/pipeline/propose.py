@@ -71,16 +71,21 @@ def _starts(problem: Problem) -> list[Cuts]:
 
 
 def _legal(problem: Problem, cuts: Sequence[int]) -> Cuts:
-    """Cuts at allowed places, with no empty stage between the first and the last."""
+    """Cuts at allowed places, with units in every stage that may not be empty."""
     places = positions(problem)
+    first, last = _outermost(problem, len(places) - 1)
     chosen: list[int] = []
     for number, cut in enumerate(cuts):
-        low = number if number else 0
-        high = len(places) - 1 - (len(cuts) - 1 - number)
+        low = chosen[-1] + 1 if chosen else first
+        high = last - (len(cuts) - 1 - number)
         nearest = int(np.abs(np.array(places) - cut).argmin())
-        after = chosen[-1] + 1 if chosen else 0
-        chosen.append(min(max(nearest, after, min(low, 1) * after), high))
+        chosen.append(min(max(nearest, low), high))
     return tuple(places[place] for place in chosen)
+
+
+def _outermost(problem: Problem, last: int) -> tuple[int, int]:
+    """The first position at which the second stage may begin, and the last at which the last one may."""
+    return int(not problem.may_be_empty(0)), last - (not problem.may_be_empty(problem.num_stages - 1))
 
 
 def positions(problem: Problem) -> list[int]:
@@ -134,6 +139,7 @@ def _neighbours(problem: Problem, cuts: Cuts) -> list[Cuts]:
     """Runs of neighbouring cuts moved by one place; all runs in short pipelines, single cuts and pairs in long ones."""
     places = positions(problem)
     index = {place: number for number, place in enumerate(places)}
+    outermost = _outermost(problem, len(places) - 1)
     longest = len(cuts) if len(cuts) <= 16 else 2
     found = []
     for length in range(1, longest + 1):
@@ -142,14 +148,14 @@ def _neighbours(problem: Problem, cuts: Cuts) -> list[Cuts]:
                 moved = [index[cut] for cut in cuts]
                 for number in range(first, first + length):
                     moved[number] += step
-                if _is_legal(moved, len(places) - 1):
+                if _is_legal(moved, *outermost):
                     found.append(tuple(places[place] for place in moved))
     return found
 
 
-def _is_legal(places: Sequence[int], last: int) -> bool:
+def _is_legal(places: Sequence[int], first: int, last: int) -> bool:
     ascending = all(after > before for before, after in zip(places, places[1:], strict=False))
-    return ascending and places[0] >= 0 and places[-1] <= last
+    return ascending and places[0] >= first and places[-1] <= last
 
 
 def _nothing_fits(problem: Problem) -> ConfigError:

@@ -83,7 +83,7 @@ class Tables:
         forward = self.forward[j] - self.forward[i] + sum(end.forward for end in ends)
         backward = self.backward[j] - self.backward[i] + sum(end.backward for end in ends)
         again = np.zeros(forward.shape, dtype=np.intp)
-        may_be_empty = stage in (0, problem.num_ranks - 1)
+        may_be_empty = problem.may_be_empty(stage)
         backward[j < i if may_be_empty else j <= i] = np.inf
         if problem.memory is not None:
             self._fit(stage, i, j, backward, again)
@@ -92,7 +92,7 @@ class Tables:
     def least_memory(self, stage: int, rows: range, columns: range) -> Array:
         """The smallest peak of `stage` on the intervals, whatever has to be run again; inf where it may not stand."""
         i, j = self.positions[rows.start : rows.stop, None], self.positions[None, columns.start : columns.stop]
-        may_be_empty = stage in (0, self.problem.num_ranks - 1)
+        may_be_empty = self.problem.may_be_empty(stage)
         least = np.full((len(rows), len(columns)), np.inf)
         at = np.nonzero(j >= i if may_be_empty else j > i)
         first, end = i[at[0], 0], j[0, at[1]]
