@@ -17,7 +17,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -78,12 +78,28 @@ def fsync_file(path: Path) -> None:
         os.close(descriptor)
 
 
+def refuse_no_file(path: Path) -> None:
+    """Raise ConfigError when no file can be at `path`: it is a directory, or there is none to hold it.
+
+    A command that works for long asks this of its outputs first.
+    """
+    told = "this path cannot be used"
+    with machine_errors(path):
+        if path.is_dir():
+            raise ConfigError(f"{told}: it is a directory", where=path, hint="the name of a file in it")
+        if not path.parent.is_dir():
+            lacking = f"there is no directory {printable(path.parent)}"
+            raise ConfigError(f"{told}: {lacking}", where=path, hint="make it first, or choose another")
+
+
 def write_atomic(path: Path, data: bytes) -> None:
     """Write `data` at `path` so that a reader sees the old content or the new one, never a part.
 
     Raises:
+        ConfigError: `path` is a directory, or there is none to hold it.
         MachineError: no space, no permission. The old content is untouched.
     """
+    refuse_no_file(path)
     temporary = _hidden_sibling(path, "tmp")
     with machine_errors(path):
         try:
@@ -92,8 +108,11 @@ def write_atomic(path: Path, data: bytes) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
+        except BaseException as error:
+            with suppress(OSError):
+                temporary.unlink()
+            if isinstance(error, OSError):
+                error.filename = error.filename2 = None  # the user knows nothing of the hidden sibling
             raise
         fsync_dir(path.parent)
 

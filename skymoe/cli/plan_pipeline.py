@@ -66,16 +66,17 @@ def pipeline(
     )  # fmt: skip
     options |= {name: read_amounts(str(text), f"--{name}") for name, text in lists.items()}
     config = check_config(PipelineConfig, options, extra or ())
+    from skymoe.base.files import refuse_no_file, write_atomic
     from skymoe.plan.pipeline.run import run
     from skymoe.plan.pipeline.table import show
 
+    if svg is not None:
+        refuse_no_file(svg)
     report = run(config)
     if svg is not None:
-        from skymoe.base.files import machine_errors, write_atomic
         from skymoe.plan.pipeline.drawn import report_svg
 
-        with machine_errors(svg):
-            write_atomic(svg, report_svg(report).encode())
+        write_atomic(svg, report_svg(report).encode())
     if as_json:
         print_json(report.as_json())
         return

@@ -53,8 +53,11 @@ def serve(
         price=price, compare=compare, save=save,
     )  # fmt: skip
     config = check_config(PlanServeConfig, options)
+    from skymoe.base.files import refuse_no_file
     from skymoe.plan.serve.run import run
     from skymoe.plan.serve.table import show
 
+    if config.save is not None:
+        refuse_no_file(config.save)
     report = run(config)
     print_json(report) if as_json else show(report, standard_output())

@@ -172,6 +172,25 @@ def test_a_path_that_leads_nowhere_is_bad_input(tmp_path: Path) -> None:
     assert caught.value.exit_code == 2
 
 
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("nowhere/x.html", "there is no directory"),
+        ("there", "it is a directory"),
+        (".", "it is a directory"),
+        ("there/file/x.html", "there is no directory"),
+        ("x" * 250, "too long"),
+    ],
+)
+def test_a_refused_file_is_told_by_the_name_that_was_given(tmp_path: Path, name: str, told: str) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "file").write_text("kept")
+    with pytest.raises(ConfigError, match=told) as caught:
+        files.write_atomic(tmp_path / name, b"")
+    assert str(tmp_path / name).startswith(caught.value.where.removesuffix("...")) and ".tmp-" not in str(caught.value)
+    assert (names(tmp_path), names(tmp_path / "there")) == (["there"], ["file"])
+
+
 def test_interrupted_work_is_found_again(tmp_path: Path) -> None:
     final = tmp_path / "deep" / "model"
     for error in (KeyboardInterrupt, SystemExit, GeneratorExit):

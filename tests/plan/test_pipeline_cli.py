@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -90,6 +91,15 @@ def test_the_impossible_is_refused_with_a_way_out(options: list[str], said: str)
     result = CliRunner().invoke(app, ["pipeline", *options, "--microbatches", "8"])
     assert isinstance(result.exception, ConfigError) and result.exception.exit_code == 2
     assert said in str(result.exception)
+
+
+@pytest.mark.parametrize(("name", "told"), [("", "is a directory"), ("nowhere/a.svg", "there is no directory")])
+def test_the_output_is_looked_at_first(tmp_path: Path, name: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("skymoe.plan.pipeline.run.run", lambda _: pytest.fail("the work must not begin"))
+    one = ["--forward", "1x4", "--backward", "2", "--stages", "2", "--microbatches", "8"]
+    result = CliRunner().invoke(app, ["pipeline", *one, "--svg", str(tmp_path / name)])
+    assert isinstance(result.exception, ConfigError) and told in str(result.exception)
+    assert result.exception.where == str(tmp_path / name)
 
 
 def test_lists() -> None:

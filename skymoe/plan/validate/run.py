@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from skymoe.base.errors import ConfigError, printable
-from skymoe.base.files import write_atomic
+from skymoe.base.files import refuse_no_file, write_atomic
 from skymoe.plan.trust import Found, encode
 from skymoe.plan.validate.cases import Case, NotJudged, NotJudgedError, read_cases
 from skymoe.plan.validate.compare import compare
@@ -33,6 +33,9 @@ def run(config: ValidateConfig) -> ValidateReport:
         FormatError: no readable list of cases.
         ConfigError: none of the groups is in the file.
     """
+    for output in (config.write_docs, config.write_accuracy):
+        if output is not None:
+            refuse_no_file(output)
     cases, refused = read_cases(config.cases)
     if config.groups:
         names = sorted({case.group for case in cases})
