@@ -207,3 +207,18 @@ def test_the_command(tmp_path):
     table = runner.invoke(app, ["serve", "--model", "skywork-moe", "--gpus", "8xrtx4090", "--weights", "fp8"])
     assert "0-3 rtx4090" in table.stdout
     assert "predicted" in table.stdout
+
+
+def test_a_request_longer_than_the_context_is_refused_before_its_chunks_are_counted():
+    with pytest.raises(ConfigError, match="longer than the context of 4096"):
+        plan(context=4096, prompt=4000, output=200)
+    with pytest.raises(ConfigError, match="longer than the context of 8192"):
+        plan(prompt=1 << 27)
+    assert plan(prompt=5000, output=100, batch=(1,)).context == 5100
+
+
+def test_the_output_is_looked_at_first(tmp_path, monkeypatch):
+    monkeypatch.setattr("skymoe.plan.serve.run.run", lambda _: pytest.fail("the work must not begin"))
+    one = ["serve", "--model", "skywork-moe", "--gpus", "8xrtx4090", "--save", str(tmp_path / "nowhere" / "plan.json")]
+    refused = CliRunner().invoke(app, one).exception
+    assert isinstance(refused, ConfigError) and "there is no directory" in str(refused)

@@ -59,7 +59,7 @@ def read_asked(config: PlanServeConfig) -> Asked:
         shape=shape_of(spec, Path(config.model).name), weight_bytes=weight_bytes, compute=compute,
         kv_bytes=_KV[config.kv], head_bytes=4.0 if config.weights == "fp32" else 2.0,
     )  # fmt: skip
-    context = config.context or min(_CONTEXT, spec.max_position)
+    context = config.context or min(max(_CONTEXT, config.prompt + config.output), spec.max_position)
     if context > spec.max_position:
         raise ConfigError(
             f"a context of {context} is more than the {spec.max_position} of {printable(config.model)}",
@@ -77,6 +77,16 @@ def read_asked(config: PlanServeConfig) -> Asked:
             fixed=_fixed(config, len(gpus)),
         ),
     )  # fmt: skip
+
+
+def check_length(asked: Asked) -> None:
+    """Raises ConfigError when a request is longer than the longest sequence there may be."""
+    length = asked.workload.length
+    if length > asked.context:
+        raise ConfigError(
+            f"a request of {length} tokens, prompt and answer, is longer than the context of {asked.context}",
+            where="--prompt", hint=f"--context {length}, where the model has as much; or a shorter prompt or answer",
+        )  # fmt: skip
 
 
 def _fixed(config: PlanServeConfig, num_gpus: int) -> dict[str, tuple[float, ...]]:

@@ -33,7 +33,8 @@ class PlanServeConfig(Config):
     kv: Literal["fp32", "bf16", "fp8"] = "bf16"
     """how keys and values are stored"""
     context: int | None = Field(default=None, ge=1, le=1 << 27)
-    """the longest sequence, prompt and output; at least one must have room. None for 4096, or the model's if less"""
+    """the longest sequence, prompt and output; at least one must have room. None for 4096, or what a request
+    has, or the model's if less"""
     batch: _Batch = Field(default=(1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256), min_length=1, max_length=64)
     """sequences at a time that are tried"""
     prompt: int = Field(default=128, ge=1, le=1 << 27)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from skymoe.base.errors import SkymoeError
-from skymoe.plan.serve.asked import Asked, read_asked
+from skymoe.plan.serve.asked import Asked, check_length, read_asked
 from skymoe.plan.serve.config import Objective, PlanServeConfig
 from skymoe.plan.serve.divide import whole_model
 from skymoe.plan.serve.fit import Fitted, counted, fit, refuse
@@ -25,10 +25,11 @@ def run(config: PlanServeConfig) -> ServeReport:
     """Plan `config.model` on `config.gpus`; print it with `skymoe.plan.serve.table.show`.
 
     Raises:
-        ConfigError: unknown GPU or preset, a split that cannot be, or nothing fits; the hint says what would do.
+        ConfigError: unknown GPU or preset, a split or length that cannot be, nothing fits; the hint says what would do.
         FormatError: no readable model directory.
     """
     asked = read_asked(config)
+    check_length(asked)
     fitted = _fitted(asked)
     (setting,) = settings(asked.served, asked.gpus, fitted.shares, asked.engine)
     points = sweep(setting, asked.workload, fitted.kv_tokens, config.batch)
