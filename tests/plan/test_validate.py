@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from skymoe.base.errors import ConfigError
 from skymoe.cli.plan import app
 from skymoe.plan.validate.cases import read_cases
 from skymoe.plan.validate.config import ValidateConfig
@@ -145,3 +146,20 @@ def test_the_command_prints_json_and_writes_the_page(tmp_path):
     assert {group["quantity"] for group in content["groups"]} == {"period", "bubble"}
     text = page.read_text(encoding="utf-8")
     assert "skywork-fig6-uniform" in text and "<details>" in text
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("[]", "there is no case in it"),
+        ('[7, {"id": "a", "kind": "gossip", "group": "g"}]', "row 1: not an object; a: cases of the kind 'gossip'"),
+        ('[{"id": "a", "kind": "training", "group": "g"}]', "none of 1 cases can be compared"),
+        ('[{"id": "a", "kind": "inference", "group": "g"}]', "none of 1 cases can be compared"),
+    ],
+)
+def test_a_file_with_nothing_to_compare_is_refused(tmp_path, content, told):
+    path = tmp_path / "cases.json"
+    path.write_text(content)
+    refused = CliRunner().invoke(app, ["validate", "--cases", str(path)]).exception
+    assert isinstance(refused, ConfigError) and refused.exit_code == 2
+    assert told in str(refused) and (content == "[]" or "why: " in str(refused))

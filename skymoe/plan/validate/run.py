@@ -25,29 +25,34 @@ from skymoe.plan.validate.report import ValidateReport
 from skymoe.plan.validate.result import Comparison, grouped
 from skymoe.plan.validate.schedules import bubble_of_training, compare_schedule, compare_stages
 
+_TOLD = 5
+"""Rows that were set aside, in an error."""
+
 
 def run(config: ValidateConfig) -> ValidateReport:
     """Predict and compare.
 
     Raises:
         FormatError: no readable list of cases.
-        ConfigError: none of the groups is in the file.
+        ConfigError: none of the groups is in the file, or nothing in it can be compared.
     """
     for output in (config.write_docs, config.write_accuracy):
         if output is not None:
             refuse_no_file(output)
     cases, refused = read_cases(config.cases)
     if config.groups:
-        names = sorted({case.group for case in cases})
+        names = sorted({case.group for case in (*cases, *refused)})
         cases = tuple(case for case in cases if case.group in config.groups)
         refused = tuple(case for case in refused if case.group in config.groups)
-        if not cases:
+        if not cases and not refused:
             raise ConfigError(
                 f"no case of the group {', '.join(config.groups)}",
                 where=config.cases,
-                hint=f"one of {', '.join(names)}",
+                hint=f"one of {', '.join(names)}" if names else "a file with cases",
             )
     report = validate(cases, refused, name=config.cases.name)
+    if not report.comparisons:
+        raise _nothing_compared(config, report)
     if config.write_docs is not None:
         write_atomic(config.write_docs, accuracy_page(report, worst=max(config.worst, 40)).encode())
     if config.write_accuracy is not None:
@@ -55,6 +60,18 @@ def run(config: ValidateConfig) -> ValidateReport:
         found = (Found(gate.name, gate.value or 0.0, gate.limit, gate.num_cases) for gate in gates)
         write_atomic(config.write_accuracy, encode(found))
     return report
+
+
+def _nothing_compared(config: ValidateConfig, report: ValidateReport) -> ConfigError:
+    """Figures about nothing would pass for a success; so the rows that were set aside are told, and why."""
+    aside = [f"{printable(case.case, 60)}: {case.reason}" for case in report.not_judged]
+    more = f"; and {len(aside) - _TOLD} more" if len(aside) > _TOLD else ""
+    return ConfigError(
+        f"none of {report.num_cases} cases can be compared" if report.num_cases else "there is no case in it",
+        where=config.cases,
+        why="; ".join(aside[:_TOLD]) + more,
+        hint="docs/plan_accuracy.md says what a case has",
+    )
 
 
 def validate(cases: Sequence[Case], refused: Sequence[NotJudged] = (), *, name: str = "cases") -> ValidateReport:
