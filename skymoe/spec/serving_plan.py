@@ -137,6 +137,8 @@ class ServingPlan(_Section):
             raise ValueError(f"split.kv_heads sums to {sum(split.kv_heads)}, the model has {model.kv_heads}")
         if not self.whole_experts and set(split.experts) != {model.experts}:
             raise ValueError(f"split.experts must name all {model.experts} everywhere, or sum to them")
+        if self.whole_experts and set(split.columns) != {model.columns}:
+            raise ValueError(f"split.columns must be all {model.columns} everywhere where experts are whole")
         if model.heads % model.kv_heads:
             raise ValueError(f"model.heads {model.heads} is no multiple of model.kv_heads {model.kv_heads}")
         turning = [rank for ranks_ in self.rotate for rank in ranks_]

@@ -17,6 +17,7 @@ from skymoe.plan.emit.emit import emit
 from skymoe.plan.emit.megatron import layout_string, recompute_flags
 from skymoe.plan.emit.others import module_names
 from skymoe.plan.emit.whole import is_whole, whole_layers
+from skymoe.plan.hardware.gpu import Precision
 from skymoe.plan.shape import shape_of
 from skymoe.plan.work import Recompute
 from skymoe.spec.layout import DispatchMode, ExpertAxis, Layout, ScheduleKind
@@ -172,3 +173,11 @@ def test_another_model() -> None:
 def test_modules_once_each() -> None:
     names = [name for stage in module_names([2, 3, 0]) for name in stage]
     assert names == ["tok_embeddings", *(f"layers.{layer}" for layer in range(5)), "norm", "output"]
+
+
+@pytest.mark.parametrize(
+    "precision, flags", [("fp32", set()), ("bf16", {"--bf16"}), ("fp8", {"--bf16", "--fp8-format hybrid"})]
+)
+def test_megatron_is_told_the_precision(precision, flags):
+    found = emit(Layout(stages=Split((104,))), SKYWORK, precision=Precision(precision))["megatron"]["flags"]
+    assert {flag for flag in found if "bf16" in flag or "fp8" in flag} == flags

@@ -73,6 +73,7 @@ def test_there_and_back(tmp_path):
         changed(split__columns=[50, 50, 50]),
         changed(split__experts=[6, 6, 6, 5]),
         changed(split__vocabulary=[25, 25, 25, 24]),
+        changed(split__experts=[2, 2, 1, 1]),  # whole ones, with a part of their columns
         changed(rotate=[[0, 1], [1, 2]]),
         changed(rotate=[[4]]),
         changed(rotate=[[]]),

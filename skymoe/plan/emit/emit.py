@@ -13,6 +13,7 @@ from skymoe.base.errors import ConfigError
 from skymoe.plan.emit.megatron import megatron
 from skymoe.plan.emit.others import deepspeed, torchtitan, vllm
 from skymoe.plan.emit.whole import is_whole, whole_layers
+from skymoe.plan.hardware.gpu import Precision
 from skymoe.plan.shape import ModelShape
 from skymoe.plan.work import Recompute
 from skymoe.spec.layout import Layout
@@ -26,6 +27,7 @@ def emit(
     recompute: Recompute = Recompute.NONE,
     micro_batch: int | None = None,
     num_micro: int | None = None,
+    precision: Precision = Precision.BF16,
     expected: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Plain data, ready for JSON: `plan_file`, `megatron`, `torchtitan`, `deepspeed`, `vllm`, `notes`.
@@ -35,6 +37,7 @@ def emit(
         shape: of the model.
         recompute: what of every layer is run again beside.
         micro_batch, num_micro: sequences, and micro-batches of a step and replica.
+        precision: of the matrix products.
         expected: what is foretold, carried along in the plan file.
 
     Raises:
@@ -48,7 +51,9 @@ def emit(
     notes = []
     if recompute is not Recompute.NONE:
         notes.append(f"plan file: it has no word for {recompute} recomputation, only for whole layers")
-    found["megatron"], more = megatron(layout, shape, recompute=recompute, micro_batch=micro_batch, num_micro=num_micro)
+    found["megatron"], more = megatron(
+        layout, shape, recompute=recompute, micro_batch=micro_batch, num_micro=num_micro, precision=precision
+    )
     notes += more
     layers = whole_layers(layout.stages)
     found |= dict.fromkeys(("torchtitan", "deepspeed", "vllm"))

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Any
+from typing import Any, Final
 
 from skymoe.plan.emit.whole import is_whole, whole_layers
+from skymoe.plan.hardware.gpu import Precision
 from skymoe.plan.shape import ModelShape
 from skymoe.plan.work import Division, Recompute
 from skymoe.spec.layout import DispatchMode, Layout, ScheduleKind
@@ -36,8 +37,21 @@ def _letters(count: int) -> str:
     return "t" * count if count < 3 else f"t*{count}"
 
 
+_PRECISION: Final[dict[Precision, list[str]]] = {
+    Precision.FP32: [],
+    Precision.BF16: ["--bf16"],
+    Precision.FP8: ["--bf16", "--fp8-format hybrid"],
+}
+
+
 def megatron(
-    layout: Layout, shape: ModelShape, *, recompute: Recompute, micro_batch: int | None, num_micro: int | None
+    layout: Layout,
+    shape: ModelShape,
+    *,
+    recompute: Recompute,
+    micro_batch: int | None,
+    num_micro: int | None,
+    precision: Precision,
 ) -> tuple[dict[str, Any] | None, list[str]]:
     """`layout`, `flags`, `layers_per_stage`, and what they do not say; None where it cannot be run."""
     layers = whole_layers(layout.stages)
@@ -55,7 +69,10 @@ def megatron(
         flags.append(f"--moe-token-dispatcher-type {dispatcher}")
     if layout.sequence_parallel and layout.tp > 1:
         flags.append("--sequence-parallel")
-    flags += ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather", "--bf16"]
+    flags += ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]
+    flags += _PRECISION.get(precision, [])
+    if precision not in _PRECISION:
+        notes.append(f"Megatron-LM: no flag for {precision} is known here; its default is fp32")
     if micro_batch:
         flags.append(f"--micro-batch-size {micro_batch}")
         flags += [f"--global-batch-size {micro_batch * num_micro * layout.dp}"] if num_micro else []
