@@ -118,13 +118,18 @@ def test_given_divisions():
         ({"gpus": "8xrtx4091"}, "no GPU", "rtx4090"),
         ({"model": "skywork-mo"}, "no preset", "skywork-moe"),
         ({"context": 9000}, "context of 9000", "8192"),
-        ({"split": ("heads=5,5",)}, "needs 8 numbers", ""),
-        ({"split": ("heads=6,6,6,6,6,6,6,6",)}, "sum to 48, not 36", ""),
+        ({"split": ("heads=5,5",)}, "needs 8 numbers", "--split heads=5,5,5,5,4,4,4,4"),
+        ({"split": ("ffn=5,5",)}, "needs 8 numbers", "--split ffn=12,12,12,12,12,12,12,12"),
+        ({"split": ("weights=3,1",)}, "needs 8 numbers", "--split weights=13,13,13,13,12,12,12,12"),
+        ({"split": ("heads=6,6,6,6,6,6,6,6",)}, "sum to 48, not 36", "--split heads=5,5,5,5,4,4,4,4"),
+        ({"split": ("heads=0,0,0,0,0,0,0,0",)}, "sum to 0, not 36", "--split heads=5,5,5,5,4,4,4,4"),
+        ({"prompt": 9999, "output": 9999}, "longer than the context of 8192", "--prompt 4096 --output 4096"),
+        ({"prompt": 3000, "output": 3000, "context": 4096}, "longer than", "--context 6000, or shorter: --prompt 2048"),
         ({"split": ("bread=1",)}, "cannot read", "heads=5,5,4"),
         ({"split": ("experts=2,2,2,2,2,2,2,2",)}, "whole experts", "--experts whole"),
         ({"engine": "vlm"}, "no engine", ""),
         ({"batch": (0,)}, "--batch", ""),
-        ({"reserve": 9000.0}, "does not fit", ""),
+        ({"reserve": 9000.0}, "9000.00 GB of a GPU are reserved, and it has 25.", "--reserve 6."),
     ],
 )
 def test_what_cannot_be_is_refused_with_what_could(options, said, hint):
@@ -138,7 +143,8 @@ def test_what_cannot_be_is_refused_with_what_could(options, said, hint):
 def test_a_refusal_says_how_much_is_lacking_on_each_gpu_and_its_hints_work():
     with pytest.raises(SkymoeError) as caught:
         plan(gpus="6xrtx4090")
-    assert "per GPU, GB lacking: 1." in caught.value.why
+    assert "GB are lacking in all" in caught.value.what
+    assert "the fastest division lacks 1." in caught.value.why and "GB on each rtx4090" in caught.value.why
     assert plan(gpus="7xrtx4090").fits
     assert plan(gpus="6xrtx4090", weights="int4").fits
 
@@ -222,3 +228,34 @@ def test_the_output_is_looked_at_first(tmp_path, monkeypatch):
     one = ["serve", "--model", "skywork-moe", "--gpus", "8xrtx4090", "--save", str(tmp_path / "nowhere" / "plan.json")]
     refused = CliRunner().invoke(app, one).exception
     assert isinstance(refused, ConfigError) and "there is no directory" in str(refused)
+
+
+def test_a_refusal_tells_kinds_of_gpu_apart():
+    with pytest.raises(SkymoeError) as caught:
+        plan(gpus="4xrtx4090,2xrtx3090")
+    assert "GB on each rtx4090, none on rtx3090 (" in caught.value.why
+
+
+def test_the_largest_reserve_is_the_largest_that_fits():
+    with pytest.raises(ConfigError) as caught:
+        plan(reserve=100.0)
+    largest = float(caught.value.hint.split("--reserve ")[1].split(";")[0])
+    assert plan(reserve=largest, batch=(1,)).fits
+    with pytest.raises(ConfigError):
+        plan(reserve=largest + 0.1)
+
+
+def test_a_slower_step_with_more_room_is_explained():
+    chosen, fastest = (plan(gpus="4xrtx4090,3xrtx3090", objective=name) for name in ("throughput", "latency"))
+    assert chosen.splits["heads"][-1] > chosen.splits["heads"][0]
+    assert chosen.kv_tokens > fastest.kv_tokens
+    told = [note for note in chosen.notes if "not the fastest step" in note]
+    assert len(told) == 1 and f"heads {','.join(map(str, fastest.splits['heads']))} " in told[0]
+    assert not any("not the fastest step" in note for note in fastest.notes)
+    own, other = (max(p.mixed_tokens_per_s for p in report.sweep if p.fits) for report in (chosen, fastest))
+    assert own >= other
+
+
+def test_gpus_without_heads_are_named():
+    assert any("without heads" in note and note.endswith(": 1, 3, 5, 7") for note in plan(gpus="40xrtx4090").notes)
+    assert not any("without heads" in note for note in plan().notes)

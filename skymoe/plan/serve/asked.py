@@ -14,7 +14,7 @@ from skymoe.plan.serve.config import PlanServeConfig
 from skymoe.plan.serve.engine import Engine, find_engine
 from skymoe.plan.serve.fit import reserves
 from skymoe.plan.serve.model import Served
-from skymoe.plan.serve.pieces import Wish
+from skymoe.plan.serve.pieces import Wish, countable, nearest
 from skymoe.plan.serve.workload import Workload
 from skymoe.plan.shape import shape_of
 from skymoe.plan.train.model import read_model
@@ -40,6 +40,7 @@ class Asked:
     gpus: tuple[Gpu, ...]
     engine: Engine
     context: int
+    max_position: int
     workload: Workload
     max_batch: int
     reserve: tuple[float, ...]
@@ -70,11 +71,12 @@ def read_asked(config: PlanServeConfig) -> Asked:
     max_batch = min(max(config.batch), engine.max_batch)
     return Asked(
         config=config, served=served, gpus=gpus, engine=engine, context=context,
+        max_position=spec.max_position,
         workload=Workload(prompt=config.prompt, output=config.output), max_batch=max_batch,
         reserve=reserves(served, gpus, engine, max_batch=max_batch, given=config.reserve),
         wish=Wish(
             kv_tokens=context, load_tokens=context, rotate=config.rotate, whole=config.experts == "whole",
-            fixed=_fixed(config, len(gpus)),
+            fixed=_fixed(config, served, len(gpus)),
         ),
     )  # fmt: skip
 
@@ -85,11 +87,25 @@ def check_length(asked: Asked) -> None:
     if length > asked.context:
         raise ConfigError(
             f"a request of {length} tokens, prompt and answer, is longer than the context of {asked.context}",
-            where="--prompt", hint=f"--context {length}, where the model has as much; or a shorter prompt or answer",
+            where="--prompt", hint=_shorter(asked),
         )  # fmt: skip
 
 
-def _fixed(config: PlanServeConfig, num_gpus: int) -> dict[str, tuple[float, ...]]:
+def _shorter(asked: Asked) -> str:
+    """A longer context where the model has it, and lengths that fit the longest context there may be."""
+    prompt, output = asked.workload.prompt, asked.workload.output
+    if asked.workload.length <= asked.max_position:
+        return f"--context {asked.workload.length}, or shorter: {_lengths(prompt, output, asked.context)}"
+    return f"{_lengths(prompt, output, asked.max_position)}; the model has {asked.max_position} positions"
+
+
+def _lengths(prompt: int, output: int, most: int) -> str:
+    """Two lengths in about the same proportion that sum to `most`."""
+    output = max(1, most * output // (prompt + output))
+    return f"--prompt {max(1, most - output)} --output {output}"
+
+
+def _fixed(config: PlanServeConfig, served: Served, num_gpus: int) -> dict[str, tuple[float, ...]]:
     """`heads=5,5,4` by name."""
     found: dict[str, tuple[float, ...]] = {}
     for text in config.split:
@@ -105,7 +121,8 @@ def _fixed(config: PlanServeConfig, num_gpus: int) -> dict[str, tuple[float, ...
             sizes = ()
         if len(sizes) != num_gpus or any(not 0 <= size < 1e12 or math.isnan(size) for size in sizes):
             raise ConfigError(
-                f"--split {name} needs {num_gpus} numbers, one per GPU, none negative; got {printable(values, 80)}"
+                f"--split {name} needs {num_gpus} numbers, one per GPU, none negative; got {printable(values, 80)}",
+                hint=f"--split {name}={_even(served, name, num_gpus)}",
             )
         found[name] = sizes
     if "experts" in found and config.experts == "cut":
@@ -113,3 +130,8 @@ def _fixed(config: PlanServeConfig, num_gpus: int) -> dict[str, tuple[float, ...
     if "ffn" in found and config.experts == "whole":
         raise ConfigError("--split ffn divides the columns of every expert", hint="--experts cut, or --split experts=")
     return found
+
+
+def _even(served: Served, name: str, num_gpus: int) -> str:
+    """An even division, as it would be written."""
+    return ",".join(map(str, nearest((1.0,) * num_gpus, countable(served, name, num_gpus))))

@@ -108,8 +108,10 @@ def refuse(
 ) -> ConfigError:
     """Why nothing fits, by how much on each GPU, and the smallest changes that would do."""
 
-    def fits(*, model: Served = served, on: Sequence[Gpu] = gpus, asked: Wish = wish) -> bool:
-        kept = reserves(model, on, engine, max_batch=max_batch, given=reserve)
+    def fits(
+        *, model: Served = served, on: Sequence[Gpu] = gpus, asked: Wish = wish, kept_gb: float | None = reserve
+    ) -> bool:
+        kept = reserves(model, on, engine, max_batch=max_batch, given=kept_gb)
         rooms = [gpu.memory - part for gpu, part in zip(on, kept, strict=True)]
         asked = asked if len(on) == len(gpus) else replace(asked, fixed={})
         return min(rooms) > 0 and choose(model, on, rooms, asked) is not None
@@ -118,39 +120,60 @@ def refuse(
     tokens = served.kv_token_bytes * wish.kv_tokens
     have = sum(gpu.memory - part for gpu, part in zip(gpus, kept, strict=True))
     need = served.total_bytes + tokens
-    lacking = max(0.0, need - have) / len(gpus) / _GB
+    lacking = max(0.0, need - have) / _GB
+    what = f"{served.shape.name} does not fit on {counted(gpus)}: "
+    smallest, most = min(((gpu.memory - part) / _GB, part / _GB) for gpu, part in zip(gpus, kept, strict=True))
+    if smallest <= 0:
+        what += f"{most:.2f} GB of a GPU are reserved, and it has {smallest + most:.2f}"
+    else:
+        what += f"{lacking:.2f} GB are lacking in all" if lacking else "no division of whole units fits"
     why = (
         f"weights {served.total_bytes / _GB:.1f} GB and {wish.kv_tokens} tokens of keys and values "
-        f"{tokens / _GB:.1f} GB; {len(gpus)} GPUs have {have / _GB:.1f} GB beside what is reserved"
+        f"{tokens / _GB:.1f} GB; {len(gpus)} GPUs have {max(0.0, have) / _GB:.1f} GB beside what is reserved"
     )
     each = _each(served, gpus, kept, wish)
     return ConfigError(
-        f"{served.shape.name} does not fit on {counted(gpus)}"
-        + (f": {lacking:.2f} GB are lacking on each GPU" if lacking else ": no division of whole units fits"),
-        why=why + (f"; per GPU, GB lacking: {each}" if each else ""),
-        hint="; or ".join(_ways(served, gpus, wish, fits)) or "a smaller model",
+        what,
+        why=why + (f"; the fastest division lacks {each}" if each else ""),
+        hint="; or ".join(_ways(served, gpus, wish, fits, reserve)) or "a smaller model",
     )
 
 
 def _each(served: Served, gpus: Sequence[Gpu], kept: Sequence[float], wish: Wish) -> str:
-    """GB that each GPU lacks under the fastest division, as if memory were no matter."""
+    """GB that the GPUs of each kind lack, or have to spare, in the fastest division as if memory were no matter."""
     shares = choose(served, gpus, [1e18] * len(gpus), wish)
     if shares is None:
         return ""
-    over = [
-        weight_bytes(served, shares, g) + kv_token_bytes(served, shares, g) * wish.kv_tokens + kept[g] - gpu.memory
-        for g, gpu in enumerate(gpus)
-    ]
-    return ", ".join(f"{max(0.0, value) / _GB:.2f}" for value in over)
+    over: dict[str, list[float]] = {}
+    for g, gpu in enumerate(gpus):
+        used = weight_bytes(served, shares, g) + kv_token_bytes(served, shares, g) * wish.kv_tokens + kept[g]
+        over.setdefault(gpu.name, []).append((used - gpu.memory) / _GB)
+    told = []
+    for name, values in over.items():
+        low, high = f"{min(map(abs, values)):.2f}", f"{max(map(abs, values)):.2f}"
+        if min(values) > 0 or max(values) <= 0:
+            amount = low if low == high else f"{low} to {high}"
+            told.append(f"{amount} GB on each {name}" if min(values) > 0 else f"none on {name} ({amount} to spare)")
+        else:
+            told.append(f"up to {max(values):.2f} GB on {name}")
+    return ", ".join(told)
 
 
 class _Fits(Protocol):
-    def __call__(self, *, model: Served = ..., on: Sequence[Gpu] = ..., asked: Wish = ...) -> bool: ...
+    def __call__(
+        self, *, model: Served = ..., on: Sequence[Gpu] = ..., asked: Wish = ..., kept_gb: float | None = ...
+    ) -> bool: ...
 
 
-def _ways(served: Served, gpus: Sequence[Gpu], wish: Wish, fits: _Fits) -> list[str]:
+def _ways(served: Served, gpus: Sequence[Gpu], wish: Wish, fits: _Fits, reserve: float | None) -> list[str]:
     """Single changes that make it fit."""
     ways = []
+    if reserve is not None and fits(kept_gb=0.0):
+        less, more_gb = 0, int(reserve * 10)  # in tenths of a GB
+        while more_gb - less > 1:
+            tenths = (less + more_gb) // 2
+            less, more_gb = (tenths, more_gb) if fits(kept_gb=tenths / 10) else (less, tenths)
+        ways.append(f"--reserve {less / 10:g}")
     if wish.fixed and fits(asked=replace(wish, fixed={})):
         ways.append("no --split: the planner's division fits")
     if fits(asked=replace(wish, kv_tokens=KV_BLOCK)):

@@ -67,9 +67,26 @@ def checked(sizes: Sequence[float], total: int, name: str) -> tuple[int, ...]:
     whole = tuple(int(size) for size in sizes)
     if any(size != int(size) for size in sizes) or sum(whole) != total:
         raise ConfigError(
-            f"--split {name}: {', '.join(f'{size:g}' for size in sizes)} sum to {sum(sizes):g}, not {total}"
+            f"--split {name}: {', '.join(f'{size:g}' for size in sizes)} sum to {sum(sizes):g}, not {total}",
+            hint=f"--split {name}={','.join(map(str, nearest(sizes, total)))}",
         )
     return whole
+
+
+def nearest(sizes: Sequence[float], total: int) -> tuple[int, ...]:
+    """Whole numbers in the proportion of `sizes` that sum to `total`; even ones where there is no proportion."""
+    return Split.weighted(total, sizes if sum(sizes) > 0 else (1.0,) * len(sizes)).sizes
+
+
+def countable(served: Served, name: str, num_gpus: int) -> int:
+    """How many units of the kind `name` there are to divide with `--split`; of "weights", what sums to a hundred."""
+    main = served.expert_ffn or served.dense_ffn
+    assert main is not None
+    if name == "heads":
+        return served.attention.num_heads // heads_of_unit(served)
+    if name == "ffn":
+        return main.inner // column_block(main.inner, num_gpus, served.weight_bytes)
+    return {"experts": main.num_experts, "vocabulary": served.shape.vocab_size}.get(name, 100)
 
 
 def ends(served: Served, gpus: Sequence[Gpu], wish: Wish) -> tuple[Shares, list[float]]:

@@ -168,4 +168,20 @@ def _notes(asked: Asked, fitted: Fitted) -> tuple[str, ...]:
         )
     if asked.served.weight_bytes < 2 and fitted.shares.block < 128 and fitted.shares.block > 0:
         notes.append(f"blocks of {fitted.shares.block} columns are cut within FP8 scale blocks of 128")
-    return tuple(notes)
+    idle = [str(g) for g, heads in enumerate(fitted.shares.mean_heads) if not heads]
+    if idle and not asked.wish.fixed:
+        notes.append(f"GPUs without heads, which wait while the others attend: {', '.join(idle)}")
+    return (*notes, *_not_the_fastest(asked, fitted))
+
+
+def _not_the_fastest(asked: Asked, fitted: Fitted) -> tuple[str, ...]:
+    """Why slower GPUs may have more heads: there is more room, so more sequences share a slower step."""
+    fastest = fit(asked.served, asked.gpus, asked.reserve, asked.wish)
+    if fastest is None or fastest.kv_tokens >= fitted.kv_tokens or fastest.shares == fitted.shares:
+        return ()
+    heads, rates = ",".join(map(str, fastest.shares.heads)), (_rate(asked, fitted), _rate(asked, fastest))
+    return (
+        f"the division is the one with most tokens a second, not the fastest step: heads {heads} (--objective latency) "
+        f"leave room for {fastest.kv_tokens:,} tokens of keys and values instead of {fitted.kv_tokens:,}, and the "
+        f"largest batch that has room gives {rates[1]:,.0f} tok/s instead of {rates[0]:,.0f}",
+    )

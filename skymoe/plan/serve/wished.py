@@ -8,7 +8,7 @@ from dataclasses import replace
 from skymoe.base.errors import ConfigError
 from skymoe.plan.hardware.gpu import Gpu
 from skymoe.plan.serve.model import Served
-from skymoe.plan.serve.pieces import Wish, checked, ends, filled, heads_of_unit, units_of
+from skymoe.plan.serve.pieces import Wish, checked, ends, filled, heads_of_unit, nearest, units_of
 from skymoe.plan.serve.shares import Shares
 from skymoe.plan.serve.threshold import Bin, Units, minimax
 from skymoe.spec.split import Split
@@ -20,7 +20,10 @@ def _wished(wish: Wish, name: str, total: int, block: int) -> tuple[int, ...] | 
         sizes = wish.fixed[name]
         if sum(sizes) == total * block and block > 1:
             if any(size % block for size in sizes):
-                raise ConfigError(f"--split {name}: sizes must be multiples of {block}", why="a unit is never cut")
+                raise ConfigError(
+                    f"--split {name}: sizes must be multiples of {block}", why="a unit is never cut",
+                    hint=f"--split {name}={','.join(str(size * block) for size in nearest(sizes, total))}",
+                )  # fmt: skip
             return tuple(int(size) // block for size in sizes)
         return checked(sizes, total, name)
     return Split.weighted(total, wish.fixed["weights"]).sizes if "weights" in wish.fixed else None
