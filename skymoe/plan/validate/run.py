@@ -41,7 +41,7 @@ def run(config: ValidateConfig) -> ValidateReport:
             refuse_no_file(output)
     cases, refused = read_cases(config.cases)
     if config.groups:
-        names = sorted({case.group for case in (*cases, *refused)})
+        names = sorted({case.group for case in cases} | {case.group for case in refused})
         cases = tuple(case for case in cases if case.group in config.groups)
         refused = tuple(case for case in refused if case.group in config.groups)
         if not cases and not refused:
