@@ -1,25 +1,26 @@
 """When nothing fits: the smallest changes that would make it possible, each one tried out.
 
-A change counts when with it some layout fits, with the layers divided evenly; an exact division may manage with a
-little less.
+What a GPU needs at least is found under 1F1B, which of the schedules keeps least (zbv at times keeps less, and is
+looked at where 1F1B cannot run). So the memory and the number of GPUs that are named do; that nothing smaller does is
+shown for the memory only, and for 1F1B.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from math import ceil
+from math import ceil, lcm, prod
 
 from skymoe.base.errors import ConfigError
 from skymoe.plan.hardware.catalogue import cluster_of
-from skymoe.plan.pipeline.solve import uniform
 from skymoe.plan.train.asked import Asked, read_asked
 from skymoe.plan.train.config import MAX_GPUS, PlanTrainConfig
-from skymoe.plan.train.priced import price_all
-from skymoe.plan.train.search import GB, Refused
-from skymoe.plan.train.space import Candidate, candidates
-from skymoe.spec.layout import ScheduleKind
+from skymoe.plan.train.least import lean_layouts, least_found, needed_memory
+from skymoe.plan.train.search import GB
 
-_TRIED = 64
+_TRIED = 6
+"""Layouts whose least memory is computed to see whether a change makes it possible, the likeliest first."""
+_WALKED = 16
+"""Numbers of GPUs, a node apart, that are tried one by one."""
 
 
 def no_layout(asked: Asked) -> ConfigError:
@@ -33,18 +34,24 @@ def no_layout(asked: Asked) -> ConfigError:
     )
 
 
-def nothing_fits(asked: Asked, refused: Sequence[Refused]) -> ConfigError:
+def nothing_fits(asked: Asked) -> ConfigError:
     """Legal layouts, but none within the memory."""
-    least = min(refused, key=lambda one: one.need)
-    need = ceil(least.need / GB * 10) / 10
-    one = least.candidate
+    hints, why = _working(asked.config), "weights, gradients and optimizer alone are too large for every layout"
+    if (found := least_found(asked)) is not None:
+        one, need = found
+        # Rounded up, so that the figure does when it is given as it stands.
+        size = f"{ceil(need / GB * 10) / 10:.1f}"
+        why = (
+            f"the least is {size} GB on a GPU, with pp {one.pp} x dp {one.dp} x tp {one.tp}, {one.expert}, "
+            f"micro-batch {one.micro_batch}"
+        )
+        hints.append(f"GPUs with {size} GB of memory (--memory {size})")
     return ConfigError(
         f"{asked.config.model} does not fit {asked.config.gpus} x {asked.cluster.gpu.title} "
         f"with {asked.memory / GB:.1f} GB each",
         where="plan train",
-        why=f"the least is {need:g} GB on a GPU, with pp {one.pp} x dp {one.dp} x tp {one.tp}, {one.expert}, "
-        f"micro-batch {one.micro_batch}",
-        hint=_joined([*_working(asked.config), f"{need:g} GB of memory per GPU"]),
+        why=why,
+        hint=_joined(hints),
     )
 
 
@@ -75,36 +82,33 @@ def _changes(config: PlanTrainConfig) -> Iterator[tuple[str, PlanTrainConfig]]:
 
 
 def _enough_gpus(config: PlanTrainConfig) -> int | None:
-    """The smallest number found with which something fits: doubled until it does, then halved in between."""
+    """The smallest number found with which something fits: doubled until it does, halved, then node by node."""
 
     def fits(count: int) -> bool:
         return _possible(config.replace(gpus=count))
 
-    node = cluster_of(config.gpu, config.gpus, config.nodes_of).gpus_per_node
     low, high = config.gpus, 2 * config.gpus
-    while high <= min(MAX_GPUS, 1024 * config.gpus) and not fits(high):
+    most = min(MAX_GPUS, 1024 * config.gpus)
+    while high <= most and not fits(high):
         low, high = high, 2 * high
-    if high > min(MAX_GPUS, 1024 * config.gpus):
+    if high > most:
         return None
-    step = max(1, (high - low) // 8)
-    step = -(-step // node) * node if low >= node else step
-    return next((count for count in range(low + step, high, step) if fits(count)), high)
+    ranks = prod(size for size in (config.pp, config.tp, config.dp) if size is not None)
+    node = cluster_of(config.gpu, config.gpus, config.nodes_of).gpus_per_node
+    step = lcm(ranks, node)
+    while high - low > _WALKED * step:
+        middle = (low + high) // 2 // step * step
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    within = range((low // ranks + 1) * ranks, min(high, node), ranks)
+    nodes = range((low // step + 1) * step, high, step)
+    return next((count for count in (*within, *nodes) if fits(count)), high)
 
 
 def _possible(config: PlanTrainConfig) -> bool:
-    """Whether some layout fits."""
+    """Whether some layout fits; of those that may, the likeliest are looked at."""
     try:
         asked = read_asked(config)
     except ConfigError:
         return False
-    legal = [one for one in candidates(config, asked.spec, asked.cluster, asked.sequences) if _is_least(one)]
-    for priced in sorted(price_all(asked, legal), key=lambda one: one.static_share)[:_TRIED]:
-        memory = priced.problem.memory or 0.0
-        if priced.static_share <= memory and max(uniform(priced.problem).memory) <= memory:
-            return True
-    return False
-
-
-def _is_least(candidate: Candidate) -> bool:
-    """Of the schedules, 1F1B keeps least, but for zbv at times; where it cannot run, the others are tried."""
-    return candidate.schedule is ScheduleKind.ONE_F_ONE_B or candidate.num_micro < candidate.pp
+    likely = sorted((one for one in lean_layouts(asked) if one.bound <= asked.memory), key=lambda one: one.likely)
+    return any(needed_memory(asked, one.candidate) <= asked.memory for one in likely[:_TRIED])

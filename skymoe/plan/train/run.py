@@ -15,11 +15,13 @@ from skymoe.plan.train.config import PlanTrainConfig
 from skymoe.plan.train.estimate import Estimate
 from skymoe.plan.train.expected import expected_of, layout_of
 from skymoe.plan.train.figures import causes_of, estimate_of, figures, layers, layout_facts, proof
+from skymoe.plan.train.least import may_fit
 from skymoe.plan.train.lost import limits_of, why_slower
 from skymoe.plan.train.pareto import pareto
 from skymoe.plan.train.priced import Priced
 from skymoe.plan.train.result import Rejected, Row, TrainPlan
 from skymoe.plan.train.search import GB, Found, Searched, layout_key, search
+from skymoe.plan.train.space import candidates
 from skymoe.plan.work import Recompute
 
 MOST_REJECTED = 200
@@ -42,11 +44,11 @@ def run(config: PlanTrainConfig) -> TrainPlan:
         ConfigError, FormatError: nothing can be read, is legal or fits; the hint says what would be.
     """
     asked = read_asked(config)
-    searched = search(asked)
-    if not searched.legal:
+    if not candidates(config, asked.spec, asked.cluster, asked.sequences):
         raise no_layout(asked)
-    if not searched.found:
-        raise nothing_fits(asked, searched.refused)
+    searched = search(asked) if may_fit(asked) else None
+    if searched is None or not searched.found:
+        raise nothing_fits(asked)
     others = other_dispatch(asked, searched.found[0])
     found = sorted([*searched.found, *others], key=_order)
     return _report(asked, searched, found, others)
