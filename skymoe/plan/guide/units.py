@@ -25,7 +25,7 @@ def parse_count(written: object) -> float:
             raise ValueError(f"{printable(repr(written), 60)} is no count; write 2T, 500B or 1.3e12")
         number = float(match[1]) * 10 ** _POWERS[match[2].lower()]
     if not 0 < number <= LARGEST:
-        raise ValueError(f"{printable(repr(written), 60)} is not between 0 and {LARGEST:g}")
+        raise ValueError(f"expected a count greater than 0 and at most {LARGEST:g}, got {printable(repr(written), 60)}")
     return number
 
 
