@@ -134,7 +134,7 @@ def test_every_statement_has_a_source() -> None:
     ("options", "told"),
     [
         ({"dense": "much"}, "no count"),
-        ({"moe": "0"}, "between"),
+        ({"moe": "0"}, "greater than 0"),
         ({"experts": 8}, "give model"),
         ({"model": "skywork-13b"}, "how many experts"),
         ({"model": "skywork-moe", "experts": 8}, "has experts already"),
