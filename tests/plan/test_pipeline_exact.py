@@ -42,16 +42,16 @@ def test_no_division_is_better(problem: Problem) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=3000, deadline=None, suppress_health_check=list(HealthCheck))
-@given(problems(most_units=7, most_ranks=4))
+@settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
+@given(problems(most_units=5, most_ranks=4))
 def test_no_division_is_better_in_thousands_of_cases(problem: Problem) -> None:
     check_against_all(problem, by_simulator=True)
 
 
 @pytest.mark.slow
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
-@given(problems(most_units=12, most_ranks=4))
-def test_no_division_of_twelve_units_is_better(problem: Problem) -> None:
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(problems(most_units=9, most_ranks=4))
+def test_no_division_of_nine_units_is_better(problem: Problem) -> None:
     check_against_all(problem, by_simulator=False)
 
 
