@@ -77,7 +77,7 @@ def layout_facts(found: Found | Priced) -> LayoutFacts:
 def proof(certificate: Certificate) -> Proof:
     """In the report's words."""
     return Proof(
-        optimal=certificate.optimal, lower_bound_s=certificate.lower_bound, gap=certificate.gap,
+        optimal=certificate.optimal, pipeline_lower_bound_s=certificate.lower_bound, gap=certificate.gap,
         method=certificate.method, examined=certificate.examined,
     )  # fmt: skip
 

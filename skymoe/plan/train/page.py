@@ -161,7 +161,8 @@ def _certificate(report: TrainPlan) -> str:
         word = "No other division of the layers is faster in this layout"
     else:
         word = f"No other division of the layers can be faster than this one by more than {percent(proof.gap)}"
-    found = f"{proof.examined} divided and simulated; no pipeline step can take less than {time(proof.lower_bound_s)}"
+    least = time(proof.pipeline_lower_bound_s)
+    found = f"{proof.examined} divided and simulated; the pipeline alone cannot take less than {least}"
     return f"{word}: {proof.method}. {found}."
 
 

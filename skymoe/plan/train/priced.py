@@ -58,6 +58,16 @@ class Priced:
     likely_s: float
 
     @property
+    def once_s(self) -> float:
+        """One micro-batch through everything and back."""
+        return _once(self.problem)
+
+    @property
+    def likely_pipeline_s(self) -> float:
+        """Of `likely_s`, without the end of the step."""
+        return _likely_pipeline_s(self.problem)
+
+    @property
     def static_share(self) -> float:
         """Bytes of weights, gradients and optimizer that the fullest rank has at least."""
         parts = (*self.sizes.halves, self.sizes.embedding, self.sizes.head)
@@ -122,6 +132,11 @@ def bound_s(work: Work, problem: Problem) -> float:
 
 
 def likely_s(work: Work, problem: Problem) -> float:
+    """With stages as equal as can be."""
+    return _with_end(work, _likely_pipeline_s(problem))
+
+
+def _likely_pipeline_s(problem: Problem) -> float:
     """With stages as equal as can be.
 
     The bubble is P - 1 micro-batches under 1F1B, (P - 1) / v under interleaved. Under zbv it is (P - 1) / 6 where a
@@ -129,8 +144,7 @@ def likely_s(work: Work, problem: Problem) -> float:
     """
     fill = {ScheduleKind.ONE_F_ONE_B: 1, ScheduleKind.ZERO_BUBBLE: 4}.get(problem.schedule, problem.chunks)
     ranks, share = problem.num_ranks, _once(problem) / problem.num_ranks
-    pipeline_s = problem.num_micro * max(share, _fullest(problem)) + (ranks - 1) / fill * share
-    return _with_end(work, pipeline_s)
+    return problem.num_micro * max(share, _fullest(problem)) + (ranks - 1) / fill * share
 
 
 def pipeline_bound_s(problem: Problem) -> float:

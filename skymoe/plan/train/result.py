@@ -99,10 +99,13 @@ class Figures:
 
 @dataclass(frozen=True, kw_only=True)
 class Proof:
-    """How good the division of the layers is, among all divisions for this layout (see pipeline/problem.py)."""
+    """How good the division of the layers is, among all divisions for this layout (see pipeline/problem.py).
+
+    The bound is of the pipeline alone: `step_time_s` has the end of the step too.
+    """
 
     optimal: bool
-    lower_bound_s: float
+    pipeline_lower_bound_s: float
     gap: float
     method: str
     examined: int

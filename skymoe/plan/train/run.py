@@ -92,6 +92,7 @@ def _report(asked: Asked, searched: Searched, found: list[Found], others: list[F
             "divided": len(searched.found),
             "too_large": sum(one.why == "memory" for one in searched.refused),
             "bounded": sum(one.why == "bound" for one in searched.refused),
+            "estimated": sum(one.why == "estimate" for one in searched.refused),
         },
         assumptions=asked.assumed,
         accuracy=accuracy_of(asked),
@@ -132,7 +133,7 @@ def _runners_up(found: list[Found], best: Timed, top: int) -> tuple[Row, ...]:
 
 
 def _rejected(searched: Searched) -> tuple[Rejected, ...]:
-    """Those that came nearest, for each of the two reasons."""
+    """Those that came nearest, for each of the three reasons."""
     nearest = sorted(searched.refused, key=lambda one: (one.why, one.need, one.best_s, one.candidate))
     return tuple(
         Rejected(layout=layout_facts(one.priced), why=one.why, reason=one.reason) for one in nearest[:MOST_REJECTED]

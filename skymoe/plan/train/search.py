@@ -51,10 +51,11 @@ class Refused:
 
     Attributes:
         priced: the layout.
-        why: `memory` or `bound`.
+        why: `memory`; `bound` (no division of it can matter), `estimate` (with equal stages it does not, which is no
+            proof).
         reason: with numbers.
         need: bytes that a GPU would need, where memory is the reason.
-        best_s: no division of it is faster, in seconds.
+        best_s: no division of it is faster, in seconds; under `estimate`, the step with equal stages.
     """
 
     priced: Priced
@@ -87,7 +88,7 @@ def search(asked: Asked) -> Searched:
     refused: list[Refused] = []
     for one in priced:
         if (reason := ranking.against(one)) is not None:
-            refused.append(Refused(priced=one, why="bound", reason=reason, best_s=one.bound_s))
+            refused.append(reason)
             continue
         result = divide(one)
         if isinstance(result, Refused):
@@ -111,7 +112,7 @@ class Ranking:
         key = layout_key(found.candidate)
         self._best_s[key] = min(found.step_s, self._best_s.get(key, inf))
 
-    def against(self, priced: Priced) -> str | None:
+    def against(self, priced: Priced) -> Refused | None:
         """Why nobody asks for `priced`; None when it may matter.
 
         1F1B must, by its bound, be able to come into the list of the best `top`, and to be better than the same ranks
@@ -121,11 +122,25 @@ class Ranking:
         if priced.candidate.schedule is not ScheduleKind.ONE_F_ONE_B:
             if priced.likely_s < min(self._best_s.values(), default=inf):
                 return None
-            return f"{priced.likely_s:.3g} s a step with equal stages"
+            reason = f"{priced.likely_s:.3g} s a step with equal stages: {_lost(priced)}"
+            return Refused(priced=priced, why="estimate", reason=reason, best_s=priced.likely_s)
         listed = sorted(self._best_s.values())[self._top - 1] if len(self._best_s) >= self._top else inf
         if priced.bound_s < min(listed, self._best_s.get(layout_key(priced.candidate), inf)):
             return None
-        return f"at least {priced.bound_s:.3g} s a step, however the layers are divided"
+        reason = f"at least {priced.bound_s:.3g} s a step, however the layers are divided: {_lost(priced)}"
+        return Refused(priced=priced, why="bound", reason=reason, best_s=priced.bound_s)
+
+
+def _lost(priced: Priced) -> str:
+    """To what a layout loses most, with equal stages and nothing hidden: idle ranks or communication."""
+    parts = [dict(price.parts) for price in (*priced.prices.halves, priced.prices.embedding, priced.prices.head)]
+    scale = priced.work.num_micro / priced.candidate.pp
+    talk_s = scale * sum(part.get(name, 0.0) for part in parts for name in ("tp", "expert", "wait"))
+    idle_s = max(0.0, priced.likely_pipeline_s - scale * priced.once_s)
+    end_s = priced.likely_s - priced.likely_pipeline_s
+    most = max((idle_s, "the bubble and unequal stages"), (talk_s, "communication of ranks within a replica"),
+               (end_s, "gradients between replicas and the optimizer"))  # fmt: skip
+    return f"most is lost to {most[1]}, {most[0]:.3g} s"
 
 
 def layout_key(candidate: Candidate) -> tuple[object, ...]:

@@ -50,7 +50,10 @@ def _answer(report: TrainPlan) -> Table:
         ("speed", f"{best.tokens_per_s_per_gpu:,.0f} tokens/s per GPU"),
         ("MFU", f"{best.mfu_causal:.1%} causal, {best.mfu_full:.1%} full attention; HFU {best.hfu:.1%}"),
         ("memory", f"{max(best.memory_gb):.1f} GB on the fullest rank, {min(best.memory_gb):.1f} on the emptiest"),
-        ("uniform split", f"{counts(plain.split)}: {report.gain_vs_uniform:+.1%} is gained over it{_unfit(plain)}"),
+        (
+            "uniform split",
+            f"{counts(plain.split)}: {report.gain_vs_uniform:+.1%} gained on equal whole layers{_unfit(plain)}",
+        ),
         ("proof", _proof(report)),
     ]
     for name, value in rows:
@@ -65,7 +68,8 @@ def _unfit(plain: Figures) -> str:
 def _proof(report: TrainPlan) -> str:
     proof = report.certificate
     word = "this split is the fastest" if proof.optimal else f"at most {proof.gap:.1%} from the fastest split"
-    return f"{word} of this layout ({proof.method})"
+    bound = f"the pipeline alone takes at least {proof.pipeline_lower_bound_s:.3g} s"
+    return f"{word} of this layout; {bound} ({proof.method})"
 
 
 def _stages(report: TrainPlan) -> Table:
@@ -108,7 +112,7 @@ def _notes(report: TrainPlan) -> list[str]:
     seen = report.examined
     lines = [
         f"{seen['legal']} layouts are legal: {seen['divided']} divided and simulated, {seen['bounded']} bounded away, "
-        f"{seen['too_large']} too large."
+        f"{seen['estimated']} left out by an estimate, {seen['too_large']} too large."
     ]
     others = [report.vocabulary_parallel] if report.vocabulary_parallel is not None else []
     lines += [f"{other.what}: {other.gain:+.1%} ({other.note})." for other in (*others, *report.alternatives)]
