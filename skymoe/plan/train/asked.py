@@ -76,8 +76,8 @@ def read_asked(config: PlanTrainConfig) -> Asked:
         profile=profile,
         assumed=tuple(_assumed(config, length, sequences)),
     )
+    _check_pipeline(config, spec)  # first: its change is of one axis, and the ranks are then looked at with it
     _check_ranks(config, spec, cluster)
-    _check_pipeline(config, spec)
     _check_experts(config, spec)
     _check_batch(config, sequences)
     return asked
@@ -88,7 +88,10 @@ def _sequences(config: PlanTrainConfig, length: int) -> int:
         return usual_sequences(config.gpus)
     sequences, rest = divmod(config.global_batch_tokens, length)
     if rest or not sequences:
-        near = max(1, round(config.global_batch_tokens / length)) * length
+        known = config.dp is not None or (config.pp is not None and config.tp is not None)
+        replicas = config.dp or max(1, config.gpus // ((config.pp or 1) * (config.tp or 1))) if known else 1
+        share = length * replicas * (config.micro_batch or 1)
+        near = max(1, round(config.global_batch_tokens / share)) * share
         raise ConfigError(
             f"{config.global_batch_tokens} tokens are not whole sequences of {length}",
             where="--global-batch-tokens", hint=f"--global-batch-tokens {near}",
@@ -149,7 +152,9 @@ def _check_pipeline(config: PlanTrainConfig, spec: ModelSpec) -> None:
     if config.pp * per_rank <= units:
         return
     what = "layers" if config.whole_layers else "layers, that is, of twice as many halves"
-    hints = [f"--pp {max(d for d in divisors(config.gpus) if d <= max(1, units // per_rank))}"]
+    others = (config.tp or 1) * (config.dp or 1)
+    left = config.gpus // others if config.gpus % others == 0 else config.gpus
+    hints = [f"--pp {max(d for d in divisors(left) if d <= max(1, units // per_rank))}"]
     if config.whole_layers and config.pp * per_rank <= 2 * spec.num_layers:
         hints.append("stages that end within a layer (without --whole-layers)")
     raise ConfigError(
