@@ -23,6 +23,7 @@ from skymoe.plan.shape import AttentionShape
 from skymoe.plan.work import Recompute
 
 _FLASH_BACKWARD = 2.5
+HOST_LATENT = 3.0  # times the host time of a dense half: two more products, norms, parts cut and put together
 
 
 def heads_of(attention: AttentionShape, tp: int) -> tuple[int, int]:
@@ -42,7 +43,7 @@ def attention_bill(frame: Frame, attention: AttentionShape) -> Bill:
     bill.linear(frame.kernels.linear(frame.tokens, heads * attention.value_dim, frame.hidden))
     tensor_parallel(frame, bill, first)
     residual_streams(frame, bill)
-    bill.at_least(frame.work.cluster.gpu.laws.host_s)
+    bill.at_least((HOST_LATENT if attention.kv_rank else 1.0) * frame.work.cluster.gpu.laws.host_s)
     return bill
 
 

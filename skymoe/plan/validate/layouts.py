@@ -72,6 +72,7 @@ class CaseLayout:
         again: recomputation.
         fused_loss: the loss overwrites its logits; else it holds an fp32 copy and a gradient beside them.
         alive: micro-batches alive per stage, where these are more than the schedule's.
+        unfused_passes: streams that experts' biases and clamps add (see software.py).
         known: fully known (see above).
         assumed: in words.
     """
@@ -86,6 +87,7 @@ class CaseLayout:
     again: Again = field(default_factory=Again)
     fused_loss: bool = True
     alive: tuple[int, ...] | None = None
+    unfused_passes: float = 0.0
     known: bool = True
     assumed: tuple[str, ...] = ()
 

@@ -72,12 +72,14 @@ class CaseModel:
     Attributes:
         shape: the model.
         assumed: in words.
+        clamped: experts have biases and clamped gates (GPT-OSS).
         predicts_two: trained with one multi-token-prediction layer and a second use of the head (DeepSeek-V3).
     """
 
     shape: ModelShape
     assumed: tuple[str, ...] = ()
     predicts_two: bool = False
+    clamped: bool = False
 
 
 def case_model(case: Case) -> CaseModel:
@@ -103,7 +105,7 @@ def case_model(case: Case) -> CaseModel:
         dropout=old_gpt and not re.search(r"core|nemo", case.text("framework"), re.IGNORECASE),
         positions=known.count("batch.seq_len", 0, low=0) if old_gpt else 0,
     )
-    return CaseModel(shape=shape, assumed=assumed, predicts_two=_predicts_two(case, name))
+    return CaseModel(shape=shape, assumed=assumed, predicts_two=_predicts_two(case, name), clamped=_gpt_oss(name))
 
 
 def _predicts_two(case: Case, name: str) -> bool:
@@ -171,4 +173,8 @@ def _attentions(case: Case, name: str) -> tuple[AttentionShape, ...]:
     width = case.count("model.head_dim", max(1, hidden // heads), high=2**14)
     kv_heads = case.count("model.num_kv_heads", heads, high=heads)
     whole = AttentionShape(num_heads=heads, num_kv_heads=kv_heads, head_dim=width, value_dim=width)
-    return (replace(whole, window=128), whole) if re.match(r"gpt-?oss", name, re.IGNORECASE) else (whole,)
+    return (replace(whole, window=128), whole) if _gpt_oss(name) else (whole,)
+
+
+def _gpt_oss(name: str) -> bool:
+    return re.match(r"gpt-?oss", name, re.IGNORECASE) is not None

@@ -13,6 +13,8 @@ from functools import lru_cache
 
 from skymoe.base.errors import ConfigError
 from skymoe.plan.alive import peak_alive
+from skymoe.plan.cost.bill import Frame
+from skymoe.plan.cost.ffn import expert_rows
 from skymoe.plan.cost.model import prices
 from skymoe.plan.cost.prices import Price, Prices
 from skymoe.plan.hardware.gpu import Precision
@@ -79,6 +81,11 @@ def _predict(case: Case) -> Prediction:
     cluster = replace(cluster, gpu=on_software(case, cluster.gpu))
     is_moe = any(layer.ffn.is_moe for layer in model.shape.layers)
     layout = case_layout(case, cluster, is_moe=is_moe)
+    software = software_of(case, cluster.gpu)
+    if software is not None and software.hidden:
+        layout = replace(layout, division=replace(layout.division, expert_overlap=True))
+    if software is not None and model.clamped:  # passes are of the catalogue's streams
+        layout = replace(layout, unfused_passes=software.passes * software.memory)
     work = Work(
         shape=model.shape, division=layout.division, cluster=cluster,
         sequence_length=case.count("batch.seq_len", high=2**24), micro_batch=layout.micro_batch,
@@ -158,6 +165,8 @@ def _without_barrier(work: Work, stages: Split, recompute: Sequence[int], sized:
 def published_prices(work: Work, model: CaseModel, layout: CaseLayout) -> Prices:
     """Prices of `work` with what its source did to the ends of the model (see above)."""
     listed = prices(work)
+    if layout.unfused_passes:
+        listed = _unfused(work, listed, layout.unfused_passes)
     if model.predicts_two:
         listed = replace(listed, head=_sum((listed.head, listed.head, *listed.halves[-2:])))
     if layout.placement is not Placement.VOCABULARY:
@@ -167,6 +176,23 @@ def published_prices(work: Work, model: CaseModel, layout: CaseLayout) -> Prices
     free = Price(forward_s=0.0, backward_s=0.0)
     halves = tuple(_scaled(_sum((half, part)), VOCABULARY_PASSES) for half in listed.halves)
     return replace(listed, halves=halves, embedding=free, head=free)
+
+
+def _unfused(work: Work, listed: Prices, passes: float) -> Prices:
+    """Streams between the experts' matrices that the law of a fused activation lacks; a waiting host hides them."""
+    kernels = Frame(work).kernels
+    halves = list(listed.halves)
+    for number, layer in enumerate(work.shape.layers):
+        if not layer.ffn.is_moe:
+            continue
+        half = halves[2 * number + 1]
+        numbers = expert_rows(Frame(work), layer.ffn) * layer.ffn.inner / work.division.etp
+        more = max(0.0, kernels.memory(passes * numbers * kernels.element) - half.parts.get("host", 0.0))
+        halves[2 * number + 1] = replace(
+            half, forward_s=half.forward_s + more / 3, backward_s=half.backward_s + 2 * more / 3,
+            parts={**half.parts, "memory": half.parts.get("memory", 0.0) + more},
+        )  # fmt: skip
+    return replace(listed, halves=tuple(halves))
 
 
 def _sum(parts: Sequence[Price]) -> Price:
