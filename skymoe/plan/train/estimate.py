@@ -92,7 +92,7 @@ def estimate(
     if order is None:
         order = order_for(schedule, work.division.pp, stages.num_ranks, work.num_micro)
     timeline = run_order(order, times, price_list.hop_s)
-    end = step_end(work, stages, pipeline_s=timeline.span_s)
+    end = step_end(work, stages, pipeline_s=timeline.span_s, schedule=schedule)
     step_s = timeline.span_s + end.total_s
     rate = work.step_tokens / step_s / work.division.world_size
     causal, full = (flops(work.shape, work.sequence_length, causal=triangle) for triangle in (True, False))

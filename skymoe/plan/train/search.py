@@ -173,7 +173,7 @@ def _again(priced: Priced) -> str:
 
 def found_of(priced: Priced, answer: Answer) -> Found:
     """With the end of the step."""
-    end = step_end(priced.work, answer.stages, pipeline_s=answer.makespan)
+    end = step_end(priced.work, answer.stages, pipeline_s=answer.makespan, schedule=priced.problem.schedule)
     return Found(priced=priced, answer=answer, step_s=answer.makespan + end.total_s)
 
 
