@@ -1,0 +1,1 @@
+"""`skymoe chat`: talk with a model in the terminal."""

@@ -1,0 +1,1 @@
+"""`skymoe serve`: the engine behind OpenAI's HTTP interface."""
