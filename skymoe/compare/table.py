@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from skymoe.base.errors import printable
+from skymoe.base.tables import plain_table
 from skymoe.compare.result import CompareReport, ExpertRow, TensorRow, Verdict
 
 _MAX_LINES = 60
@@ -57,7 +57,8 @@ def _groups(rows: Iterable[TensorRow]) -> list[tuple[str, list[TensorRow]]]:
 
 
 def _tensors(groups: list[tuple[str, list[TensorRow]]]) -> Table:
-    table = _table("tensors", ("tensor", "how many", "", "max |A-B|", "of max |A|", "relative RMS", "cosine"))
+    columns = ("tensor", "how many", "", "max |A-B|", "of max |A|", "relative RMS", "cosine")
+    table = plain_table("tensors", columns, left=("tensor", ""))
     for name, group in groups[:_MAX_LINES]:
         table.add_row(Text(printable(name, 120)), str(len(group)), Text(_verdict(group)), *_worst(group))
     if len(groups) > _MAX_LINES:
@@ -90,7 +91,7 @@ def _worst(group: list[TensorRow]) -> list[str]:
 
 def _experts(rows: tuple[ExpertRow, ...]) -> Table:
     columns = ("layer", "experts", "the same bits", "relative RMS", "largest", "cosine", "smallest")
-    table = _table("experts of B against the dense feed-forward of A", columns)
+    table = plain_table("experts of B against the dense feed-forward of A", columns, left=())
     layers = sorted({row.layer for row in rows})
     for layer in layers[:_MAX_LINES]:
         some = [row for row in rows if row.layer == layer]
@@ -104,19 +105,11 @@ def _experts(rows: tuple[ExpertRow, ...]) -> Table:
 
 
 def _fields(report: CompareReport) -> Table:
-    table = _table("config", ("field", "A", "B", ""))
+    table = plain_table("config", ("field", "A", "B", ""), left=("field", "A", "B", ""))
     for row in sorted(report.fields, key=lambda row: row.equal)[:_MAX_LINES]:
         effect = "" if not row.equal else "no effect" if not report.experts else "no effect, or expected"
         cells = (Text(printable(cell, 120)) for cell in (row.name, row.left, row.right, effect))
         table.add_row(*cells, style="dim" if row.equal else "")
     if len(report.fields) > _MAX_LINES:
         table.add_row(f"... and {len(report.fields) - _MAX_LINES} more (--json lists all)")
-    return table
-
-
-def _table(title: str, columns: tuple[str, ...]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    words = ("tensor", "field", "A", "B", "")
-    for name in columns:
-        table.add_column(name, justify="left" if name in words else "right")
     return table

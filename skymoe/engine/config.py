@@ -31,8 +31,8 @@ class EngineConfig(Config):
     max_model_len: int | None = Field(default=None, ge=1)
     """the most tokens of a request, prompt and answer; default: the model's context"""
     kv_memory_gb: float | None = Field(default=None, gt=0, le=1 << 20)
-    """gigabytes (10^9) of keys and values per rank; default: `max_batch` sequences of `max_model_len`, at most half of \
-the memory that is free"""
+    """gigabytes (10^9) of keys and values per rank; default: `max_batch` sequences of `max_model_len`, at most half
+    of the memory that is free"""
     page_size: int = Field(default=16, ge=1, le=256)
     """tokens of a page"""
     max_batch: int = Field(default=64, ge=1, le=4096)

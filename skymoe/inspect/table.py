@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from skymoe.base.errors import printable
+from skymoe.base.tables import plain_table
 from skymoe.inspect.result import InspectReport, Spread
 
 _WORDS = {
@@ -49,7 +49,7 @@ def _summary(report: InspectReport) -> str:
 
 
 def _parameters(report: InspectReport) -> Table:
-    table = _table("parameters", ("part", "parameters", "share"))
+    table = plain_table("parameters", ("part", "parameters", "share"))
     for name, count in report.parameters_by_part.items():
         table.add_row(_WORDS.get(name, name), f"{count:,}", f"{count / report.parameters:.1%}")
     table.add_section()
@@ -62,7 +62,7 @@ def _parameters(report: InspectReport) -> Table:
 def _flops(report: InspectReport) -> Table:
     flops = report.flops_per_token
     title = f"FLOPs per token, sequences of {flops.sequence_length}"
-    table = _table(title, ("", "causal attention", "full attention"))
+    table = plain_table(title, ("", "causal attention", "full attention"))
     for name, value in flops.parts.items():
         table.add_row(_WORDS.get(name, name), _flop(value), "", style="dim")
     table.add_section()
@@ -72,7 +72,7 @@ def _flops(report: InspectReport) -> Table:
 
 
 def _sizes(report: InspectReport) -> Table:
-    table = _table("bytes", ("", "size"))
+    table = plain_table("bytes", ("", "size"))
     sizes = report.bytes
     if sizes.on_disk is not None:
         kinds = ", ".join(f"{name} {_bytes(size)}" for name, size in sizes.by_dtype.items())
@@ -87,7 +87,7 @@ def _sizes(report: InspectReport) -> Table:
 
 def _routers(report: InspectReport) -> Table:
     columns = ("layer", "row norm", "smallest", "largest", "row cosine", "smallest", "largest")
-    table = _table("routers", columns)
+    table = plain_table("routers", columns)
     for figures in report.routers:
         table.add_row(str(figures.layer), *_cells(figures.row_norm), *_cells(figures.row_cosine))
     return table
@@ -95,19 +95,12 @@ def _routers(report: InspectReport) -> Table:
 
 def _experts(report: InspectReport) -> Table:
     columns = ("layer", "whole expert", "smallest", "largest", "gate", "up", "down")
-    table = _table("expert similarity: pairwise cosine of the weights", columns)
+    table = plain_table("expert similarity: pairwise cosine of the weights", columns)
     for layer in report.experts:
         means = (f"{part.mean:.4f}" for part in (layer.gate, layer.up, layer.down))
         table.add_row(str(layer.layer), *_cells(layer.all), *means)
     table.add_section()
     table.add_row("mean", f"{report.expert_similarity:.4f}", style="bold")
-    return table
-
-
-def _table(title: str, columns: Sequence[str]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    for index, name in enumerate(columns):
-        table.add_column(name, justify="left" if index == 0 else "right")
     return table
 
 

@@ -59,13 +59,16 @@ def check_micro_batches(layout: Layout, num_micro: int) -> None:
 def order_of(layout: Layout, num_micro: int) -> Order:
     """The order of the layout's schedule. Raises ConfigError when it cannot run `num_micro` micro-batches."""
     check_micro_batches(layout, num_micro)
-    if layout.pp == 1:
-        return one_rank(layout.num_stages, num_micro)
-    if layout.schedule is ScheduleKind.ONE_F_ONE_B:
-        return one_f_one_b(layout.pp, num_micro)
-    if layout.schedule is ScheduleKind.INTERLEAVED:
-        return interleaved(layout.pp, layout.num_stages // layout.pp, num_micro)
-    return zbv(layout.pp, num_micro)
+    return order_on(layout.schedule, layout.pp, layout.num_stages // layout.pp, num_micro)
+
+
+def order_on(schedule: ScheduleKind, pp: int, chunks: int, num_micro: int) -> Order:
+    """The order of `schedule` on `pp` ranks of `chunks` stages; any number of micro-batches is run as it is."""
+    if pp == 1:
+        return one_rank(chunks, num_micro)
+    if schedule is ScheduleKind.ONE_F_ONE_B:
+        return one_f_one_b(pp, num_micro)
+    return zbv(pp, num_micro) if schedule is ScheduleKind.ZERO_BUBBLE else interleaved(pp, chunks, num_micro)
 
 
 def one_rank(num_stages: int, num_micro: int) -> Order:

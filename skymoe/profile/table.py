@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from skymoe.base.errors import printable
+from skymoe.base.tables import plain_table
 from skymoe.plan.hardware.profile import Piece, Profile
 
 
@@ -26,7 +26,7 @@ def show(profile: Profile, console: Console) -> None:
 
 def _pieces(profile: Profile) -> Table:
     columns = ("part", "forward ms", "backward ms", "run again: + ms", "kept MiB", "run again: MiB", "spread")
-    table = _table("model, per micro-batch", columns)
+    table = plain_table("model, per micro-batch", columns)
     for name, piece in _named(profile):
         again = bool(piece.again_forward_s)
         table.add_row(
@@ -47,14 +47,14 @@ def _named(profile: Profile) -> Iterator[tuple[str, Piece]]:
 
 
 def _links(profile: Profile) -> Table:
-    table = _table(f"links, {profile.machine.ranks} ranks", ("what", "latency ms", "GB/s", "fit is off by"))
+    table = plain_table(f"links, {profile.machine.ranks} ranks", ("what", "latency ms", "GB/s", "fit is off by"))
     for kind, fit in profile.links.items():
         table.add_row(kind, _ms(fit.latency_s), f"{fit.bandwidth / 1e9:.2f}", f"{fit.error:.0%}")
     return table
 
 
 def _rest(profile: Profile) -> Table:
-    table = _table("machine", ("what", "figure"))
+    table = plain_table("machine", ("what", "figure"))
     for precision, law in profile.law.items():
         figure = f"{law.rate / 1e9:,.0f} GFLOP/s, launch {law.launch_s * 1e6:.0f} us"
         table.add_row(f"matrix products, {precision}", f"{figure}; fit is off by {law.error:.0%}")
@@ -65,10 +65,3 @@ def _rest(profile: Profile) -> Table:
 
 def _ms(seconds: float) -> str:
     return f"{1e3 * seconds:.3g}"
-
-
-def _table(title: str, columns: Sequence[str]) -> Table:
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
-    for column in columns:
-        table.add_column(column, justify="left" if column in ("part", "what") else "right")
-    return table

@@ -72,6 +72,18 @@ class Half(NamedTuple):
     is_attention: bool
 
 
+def stage_owner(schedule: ScheduleKind, pp: int, stage: int) -> int:
+    """The pipeline rank that has `stage`: round the ranks, or under zbv down them and up again."""
+    if schedule is ScheduleKind.ZERO_BUBBLE and stage >= pp:
+        return 2 * pp - 1 - stage
+    return stage % pp
+
+
+def stages_of_rank(schedule: ScheduleKind, pp: int, num_stages: int, rank: int) -> tuple[int, ...]:
+    """The stages of a pipeline rank, ascending."""
+    return tuple(stage for stage in range(num_stages) if stage_owner(schedule, pp, stage) == rank)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     """A division of a model over `pp * dp * tp` ranks.
@@ -155,13 +167,11 @@ class Layout:
 
     def stage_owner(self, stage: int) -> int:
         """The pipeline rank that has `stage`."""
-        if self.schedule is ScheduleKind.ZERO_BUBBLE and stage >= self.pp:
-            return 2 * self.pp - 1 - stage
-        return stage % self.pp
+        return stage_owner(self.schedule, self.pp, stage)
 
     def stages_of(self, pp: int) -> tuple[int, ...]:
         """The stages of a pipeline rank, ascending."""
-        return tuple(stage for stage in range(self.num_stages) if self.stage_owner(stage) == pp)
+        return stages_of_rank(self.schedule, self.pp, self.num_stages, pp)
 
     def halves(self, stage: int) -> tuple[Half, ...]:
         """What `stage` computes, in order; the first stage also has the embedding, the last norm and head."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from skymoe.base.tables import plain_table
 from skymoe.train.dry_run_result import DryRunReport, RankFigures
 
 
@@ -45,7 +45,7 @@ def _parameters(report: DryRunReport) -> str:
 
 def _memory(report: DryRunReport) -> Table:
     own = report.rank
-    table = _table("memory of this rank between steps", ("", "bytes", "GB"), left=1)
+    table = plain_table("memory of this rank between steps", ("", "bytes", "GB"))
     rows = {
         f"weights, {report.weights}": own.weights,
         f"gradients, {report.gradients}": own.gradients,
@@ -60,7 +60,7 @@ def _memory(report: DryRunReport) -> Table:
 
 
 def _groups(own: RankFigures) -> Table:
-    table = _table("groups of this rank", ("axis", "ranks", "members"), left=1)
+    table = plain_table("groups of this rank", ("axis", "ranks", "members"))
     table.columns[-1].justify = "left"
     for group in own.groups:
         table.add_row(group.kind, str(len(group.ranks)), _members(group.ranks))
@@ -69,7 +69,7 @@ def _groups(own: RankFigures) -> Table:
 
 def _stages(report: DryRunReport) -> Table:
     columns = ("stage", "pipeline rank", "layers", "recomputed", "parameters", "FLOPs", "of the mean", "holds")
-    table = _table("stages", columns, left=0)
+    table = plain_table("stages", columns, left=())
     table.columns[-1].justify = "left"
     for row in report.stages:
         own = row.stage in report.rank.stages
@@ -86,10 +86,3 @@ def _members(ranks: Sequence[int]) -> str:
     if len(ranks) <= 12:
         return ", ".join(map(str, ranks))
     return f"{', '.join(map(str, ranks[:6]))}, ..., {ranks[-1]}"
-
-
-def _table(title: str, columns: Sequence[str], *, left: int) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    for index, name in enumerate(columns):
-        table.add_column(name, justify="left" if index < left else "right")
-    return table

@@ -58,6 +58,7 @@ def problems(draw: st.DrawFn, most_units: int = 8, most_ranks: int = 4) -> Probl
         embedding=ends[0],
         head=ends[1],
         memory=draw(st.none() | amounts(60)),
+        extra_alive=draw(st.sampled_from([0, 0, 0, 1, 3])),
         hop=draw(st.sampled_from([0.0, 0.0, 0.5, 2.5])),
         recompute=draw(st.sampled_from([True, True, False])),
         whole_layers=draw(st.sampled_from([False, False, True])),

@@ -4,9 +4,9 @@
     stream    t = kernels * launch + bytes / (memory * bandwidth)
 
 The root of squares is the smooth form of a roofline: small products approach the memory line, large ones the
-arithmetic line, and near the corner both cost. With three constants per GPU it meets 37,584 measured products within
-6 to 10 % (research/planner.md, 3.5). Left out: tile and wave quantization (a product of 129 rows costs as much as one
-of 256), and the clock that falls under sustained load, which is in the constants.
+arithmetic line, and near the corner both cost. With three constants per GPU it meets 37,584 products that Vidur
+(Agrawal et al. 2024) measured within 6 to 10 %. Left out: tile and wave quantization (a product of 129 rows costs as
+much as one of 256), and the clock that falls under sustained load, which is in the constants.
 
 A linear layer is three products: forward X W, backward dY W' (towards the input) and X' dY (gradient of the weights),
 the last of which adds to a gradient buffer that is read and written. In 8 bits and below, operands are converted from

@@ -29,7 +29,7 @@ from skymoe.plan.memory.static import (
     layer_parameters,
 )
 from skymoe.plan.shape import LayerShape
-from skymoe.spec.layout import ScheduleKind
+from skymoe.spec.layout import ScheduleKind, stage_owner
 from skymoe.spec.split import Split
 
 
@@ -116,21 +116,16 @@ class Sharding:
         listed = [half for layer in layers for half in known[layer]]
         dense, experts = [0.0] * pp, [0.0] * pp
         for stage, part in enumerate(stages):
-            rank = owner(stage, pp, schedule)
+            rank = stage_owner(schedule, pp, stage)
             own = listed[part.start : part.stop]
             dense[rank] += sum(half.dense for half in own)
             experts[rank] += sum(half.experts for half in own)
         embedding, head = self.ends()
         dense[0] += embedding.dense
-        dense[owner(stages.num_ranks - 1, pp, schedule)] += head.dense
+        last = stage_owner(schedule, pp, stages.num_ranks - 1)
+        if last or not self.frame.work.shape.tied:  # under zbv the first rank has both ends, of a tied table one
+            dense[last] += head.dense
         return tuple(Parameters(dense=d, experts=e) for d, e in zip(dense, experts, strict=True))
-
-
-def owner(stage: int, pp: int, schedule: ScheduleKind) -> int:
-    """The pipeline rank that has `stage`, as `Layout.stage_owner`."""
-    if schedule is ScheduleKind.ZERO_BUBBLE and stage >= pp:
-        return 2 * pp - 1 - stage
-    return stage % pp
 
 
 def with_gathers(sharding: Sharding, parts: Sequence[Price], owned: Sequence[Parameters]) -> tuple[Price, ...]:

@@ -2,13 +2,14 @@
 
 What hides the communication is little: gradients are complete only in the last micro-batch's backward, weights are
 needed in the first one's forward, so with m micro-batches over P stages the cover is 2/3 and 1/3 of one slot,
-pipeline_s / (m + P - 1); all of the rest is exposed (research/planner.md, 3.4). With V chunks per rank the last
+pipeline_s / (m + P - 1); all of the rest is exposed. With V chunks per rank the last
 backwards of a chunk take P micro-batches before the next chunk's begin, so what is complete of all chunks but the last
 travels behind (V-1)/V of min(P, m) slots. The slowest pipeline rank counts.
 
 The optimizer is a stream: per parameter that a rank owns it reads and writes its state and reads the gradient twice
 (norm, update) and writes the weight; gradients of all a rank holds are cleared. A tied table of a pipeline adds an
-all-reduce between the first and the last stage, which nothing hides. Left out: gradient norms' small all-reduces.
+all-reduce between the first and the last stage, which nothing hides; under zbv one rank has both, and one table. Left
+out: gradient norms' small all-reduces.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from skymoe.plan.cost.prices import StepEnd
 from skymoe.plan.cost.sharding import Sharding
 from skymoe.plan.memory.static import Parameters
 from skymoe.plan.work import Work
-from skymoe.spec.layout import ScheduleKind
+from skymoe.spec.layout import ScheduleKind, stage_owner
 from skymoe.spec.split import Split
 
 _UPDATE_KERNELS = 8
@@ -39,12 +40,15 @@ def step_end(
     """
     frame = Frame(work)
     sharding = Sharding(frame)
-    ranks = set(sharding.per_rank(stages, schedule or ScheduleKind.ONE_F_ONE_B))
-    ends = [_end(sharding, own, pipeline_s, update_s) for own in ranks]
+    schedule = schedule or ScheduleKind.ONE_F_ONE_B
+    tied_s = _tied(frame, apart=stage_owner(schedule, work.division.pp, stages.num_ranks - 1) != 0)
+    ends = [_end(sharding, own, pipeline_s, update_s, tied_s) for own in set(sharding.per_rank(stages, schedule))]
     return max(ends, key=lambda end: end.total_s)
 
 
-def _end(sharding: Sharding, own: Parameters, pipeline_s: float, update_s: float | None) -> StepEnd:
+def _end(
+    sharding: Sharding, own: Parameters, pipeline_s: float, update_s: float | None, tied_s: float
+) -> StepEnd:  # fmt: skip
     frame, work = sharding.frame, sharding.frame.work
     division = work.division
     reduce_s = gather_s = 0.0
@@ -54,7 +58,7 @@ def _end(sharding: Sharding, own: Parameters, pipeline_s: float, update_s: float
         shards, across = sharding.groups[0].shard.ranks, sharding.groups[0].across
         reduce_s = across.all_reduce(division.gradient_bytes * own.dense / shards)
     cover = _slots(work) * pipeline_s / max(1, work.num_micro + division.pp - 1) if division.overlap else 0.0
-    exposed_s = exposed(reduce_s, 2 / 3 * cover) + exposed(gather_s, cover / 3) + _tied(frame)
+    exposed_s = exposed(reduce_s, 2 / 3 * cover) + exposed(gather_s, cover / 3) + tied_s
     owned = sharding.owned(own)
     moved = owned * (2 * division.optimizer_bytes + 2 * division.gradient_bytes + division.weight_bytes)
     moved += (owned if division.zero_stage >= 2 else own.total) * division.gradient_bytes
@@ -74,10 +78,10 @@ def _slots(work: Work) -> float:
     return share + (1.0 - share) * min(work.division.pp, work.num_micro)
 
 
-def _tied(frame: Frame) -> float:
-    """The gradient of a table that is embedding and head, of two stages."""
+def _tied(frame: Frame, *, apart: bool) -> float:
+    """The gradient of a table that is embedding and head, of stages that are `apart` on two ranks."""
     work, division = frame.work, frame.work.division
-    if not work.shape.tied or division.pp == 1:
+    if not work.shape.tied or not apart:
         return 0.0
     rows = Split.remainder_first(work.shape.vocab_size, division.tp).sizes[0]
     pair = Group(work.cluster, 2, division.stage_ranks * (division.pp - 1))

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from skymoe.plan.memory.alive import alive_counts
 from skymoe.plan.memory.sizes import RankMemory, Size, Sizes
 from skymoe.plan.work import Work
-from skymoe.spec.layout import ScheduleKind
+from skymoe.spec.layout import ScheduleKind, stages_of_rank
 from skymoe.spec.split import Split
 
 
@@ -55,18 +55,12 @@ def rank_memory(
     if alive is None:
         moments = alive_counts(schedule, pp, stages.num_ranks, work.num_micro)
     else:
-        owned = [_stages_of(schedule, pp, stages.num_ranks, rank) for rank in range(pp)]
+        owned = [stages_of_rank(schedule, pp, stages.num_ranks, rank) for rank in range(pp)]
         moments = tuple((tuple(alive[stage] for stage in own),) for own in owned)
     return tuple(
-        _rank(sizes, [parts[stage] for stage in _stages_of(schedule, pp, len(parts), rank)], moments[rank])
+        _rank(sizes, [parts[stage] for stage in stages_of_rank(schedule, pp, len(parts), rank)], moments[rank])
         for rank in range(pp)
     )
-
-
-def _stages_of(schedule: ScheduleKind, pp: int, num_stages: int, rank: int) -> tuple[int, ...]:
-    if schedule is ScheduleKind.ZERO_BUBBLE and pp > 1:
-        return (rank, 2 * pp - 1 - rank)
-    return tuple(range(rank, num_stages, pp))
 
 
 def _stage(sizes: Sizes, stages: Split, stage: int, again: int) -> _Stage:

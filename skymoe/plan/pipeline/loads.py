@@ -7,11 +7,12 @@ against it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 from skymoe.plan.pipeline.problem import End, Problem, Unit
 from skymoe.plan.pipeline.schedule import moments_of, ranks_of
+from skymoe.spec.layout import stage_owner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +41,12 @@ def layers_of(units: Sequence[Unit]) -> list[list[Unit]]:
 
 def stage_ends(problem: Problem, stage: int) -> tuple[End, ...]:
     """What a stage has beside its units."""
-    first = (problem.embedding,) if stage == 0 else ()
-    last = (problem.head,) if stage == problem.num_stages - 1 else ()
-    return (*first, *last, problem.shared)
+    last = problem.num_stages - 1
+    head = problem.head
+    if problem.tied_static and stage_owner(problem.schedule, problem.num_ranks, last) == 0:
+        head = replace(head, static=head.static - problem.tied_static)
+    ends = (problem.embedding,) if stage == 0 else ()
+    return (*ends, *((head,) if stage == last else ()), problem.shared)
 
 
 def stage_load(problem: Problem, stage: int, units: Sequence[Unit], again: int) -> Load:
@@ -81,9 +85,6 @@ def peak_memory(problem: Problem, loads: Sequence[Load]) -> list[float]:
     from_rank = []
     for stages, moments in zip(ranks_of(problem), moments_of(problem), strict=True):
         own = [loads[stage] for stage in stages]
-        worst = max(
-            sum((count + problem.extra_alive) * load.kept for count, load in zip(counts, own, strict=True))
-            for counts in moments
-        )
+        worst = max(sum(count * load.kept for count, load in zip(counts, own, strict=True)) for counts in moments)
         from_rank.append(sum(load.static for load in own) + worst + max(load.running for load in own))
     return from_rank

@@ -12,7 +12,6 @@ backwards on those of the other, and everything that they need lies in earlier s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from itertools import groupby
 from typing import NamedTuple
 
@@ -20,9 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from skymoe.plan.orders import Order
+from skymoe.plan.pipeline.cache import Key, remembered
 from skymoe.plan.pipeline.loads import Load
 from skymoe.plan.pipeline.problem import Problem
-from skymoe.plan.pipeline.schedule import Key, is_one_f_one_b, key_of, order_of_key
+from skymoe.plan.pipeline.schedule import is_one_f_one_b, key_of, order_of_key
 from skymoe.plan.timeline import Task
 
 Times = NDArray[np.float64]
@@ -101,7 +101,7 @@ def _run(levels: Sequence[Level], durations: Times, hop: float) -> NDArray[np.fl
     return np.asarray(ends.max(axis=0))
 
 
-@lru_cache(maxsize=64)
+@remembered
 def _levels(key: Key) -> tuple[Level, ...]:
     placed = sorted(_placed(order_of_key(key)), key=lambda one: one.level)
     number = {one.name: index + 1 for index, one in enumerate(placed)}

@@ -6,9 +6,9 @@ in the backward pass and then keeps only their inputs. The first stage also has 
     F_s = sum f_u (+ embedding | head)        B_s = sum b_u + sum_{u run again} again_u (+ embedding | head)
     memory_s = sum static_u + k_s (sum_{u kept} activation_u + sum_{layers run again} checkpoint) + what runs <= memory
 
-k_s is the number of micro-batches alive: min(P - s, m) under 1F1B. Units that share `layer` are halves of one layer:
-run again together, with one checkpoint, that of the first one in the stage. "What runs" is the largest of: a unit's
-transient; an end's; of a layer that is run again, its activation and its units' largest transient together.
+k_s is the number of micro-batches alive: min(P - s + extra_alive, m) under 1F1B. Units that share `layer` are halves of
+one layer: run again together, with one checkpoint, that of the first one in the stage. "What runs" is the largest of:
+a unit's transient; an end's; of a layer that is run again, its activation and its units' largest transient together.
 """
 
 from __future__ import annotations
@@ -68,7 +68,9 @@ class Problem:
         num_micro: m.
         embedding, head: the ends.
         shared: on every stage, beside its units: a head that is divided over all ranks (vocabulary.py).
-        extra_alive: micro-batches that every rank keeps longer than the order says.
+        extra_alive: micro-batches that every rank keeps longer than the order says, as far as there are so many.
+        tied_static: of the head's `static`, what is one with the embedding's (a tied table); a rank that has both ends
+            has it once.
         memory: per rank, or None for no limit.
         hop: from rank to rank, one way.
         schedule, chunks: of the pipeline, and stages per rank (1 for 1f1b, 2 for zbv).
@@ -83,6 +85,7 @@ class Problem:
     head: End = End()
     shared: End = End()
     extra_alive: int = 0
+    tied_static: float = 0.0
     memory: float | None = None
     hop: float = 0.0
     schedule: ScheduleKind = ScheduleKind.ONE_F_ONE_B

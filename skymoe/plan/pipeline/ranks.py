@@ -61,9 +61,8 @@ class Ranks:
             self.load(stage, *interval, count)
             for stage, interval, count in zip(self.stages[rank], intervals, counts, strict=True)
         ]
-        extra = self.problem.extra_alive
         kept = max(
-            sum((count + extra) * load.kept for count, load in zip(counts_alive, loads, strict=True))
+            sum(count * load.kept for count, load in zip(counts_alive, loads, strict=True))
             for counts_alive in self.moments[rank]
         )
         return sum(load.static for load in loads) + kept + max(load.running for load in loads)

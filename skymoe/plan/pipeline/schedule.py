@@ -6,16 +6,13 @@ would do.
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 from skymoe.base.errors import ConfigError
-from skymoe.plan.memory.alive import Counts, worst_moments
-from skymoe.plan.orders import Order, check_micro_batches, interleaved, one_f_one_b, one_rank, zbv
+from skymoe.plan.memory.alive import Counts, alive_counts
+from skymoe.plan.orders import Order, check_micro_batches, order_on
+from skymoe.plan.pipeline.cache import Key, remembered
 from skymoe.plan.pipeline.problem import Problem
-from skymoe.spec.layout import Layout, ScheduleKind
+from skymoe.spec.layout import Layout, ScheduleKind, stages_of_rank
 from skymoe.spec.split import Split
-
-Key = tuple[ScheduleKind, int, int, int]
 
 
 def key_of(problem: Problem) -> Key:
@@ -42,32 +39,22 @@ def check_schedule(problem: Problem) -> None:
         check_micro_batches(layout, problem.num_micro)
 
 
-@lru_cache(maxsize=64)
+@remembered
 def order_of_key(key: Key) -> Order:
     """The order, task by task."""
-    schedule, ranks, chunks, num_micro = key
-    if ranks == 1:
-        return one_rank(chunks, num_micro)
-    if schedule is ScheduleKind.ONE_F_ONE_B:
-        return one_f_one_b(ranks, num_micro)
-    return zbv(ranks, num_micro) if schedule is ScheduleKind.ZERO_BUBBLE else interleaved(ranks, chunks, num_micro)
+    return order_on(*key)
 
 
 def ranks_of(problem: Problem) -> list[tuple[int, ...]]:
     """The stages of each rank, ascending."""
     ranks, stages = problem.num_ranks, problem.num_stages
-    if problem.schedule is ScheduleKind.ZERO_BUBBLE and ranks > 1:
-        return [(rank, stages - 1 - rank) for rank in range(ranks)]
-    return [tuple(range(rank, stages, ranks)) for rank in range(ranks)]
+    return [stages_of_rank(problem.schedule, ranks, stages, rank) for rank in range(ranks)]
 
 
 def moments_of(problem: Problem) -> list[tuple[Counts, ...]]:
-    """Per rank, the micro-batches alive in each of its stages at the worst moments."""
-    if is_one_f_one_b(problem):
-        return [((min(problem.num_ranks - rank, problem.num_micro),),) for rank in range(problem.num_ranks)]
-    return _moments(key_of(problem))
-
-
-@lru_cache(maxsize=256)
-def _moments(key: Key) -> list[tuple[Counts, ...]]:
-    return [worst_moments(tasks) for tasks in order_of_key(key)]
+    """Per rank, the micro-batches alive in each of its stages at the worst moments; never more than there are."""
+    extra, most = problem.extra_alive, problem.num_micro
+    counted = alive_counts(problem.schedule, problem.num_ranks, problem.num_stages, most)
+    if not extra:
+        return list(counted)
+    return [tuple(tuple(min(count + extra, most) for count in counts) for counts in moments) for moments in counted]

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from skymoe.base.tables import plain_table
 from skymoe.plan.pipeline.problem import Answer, Problem
 from skymoe.plan.pipeline.run import PipelineReport
-from skymoe.plan.pipeline.schedule import ranks_of
+from skymoe.spec.layout import stage_owner
 
 
 def show(report: PipelineReport, console: Console) -> None:
@@ -42,13 +40,13 @@ def certificate_sentence(answer: Answer) -> str:
 
 def _stages(report: PipelineReport) -> Table:
     planned, uniform = report.planned, report.uniform
-    table = _table(
+    table = plain_table(
         "stages", ("stage", "rank", "units", "uniform", "run again", "forward", "backward", "busy", "memory")
     )
-    owner = {stage: rank for rank, own in enumerate(ranks_of(report.problem)) for stage in own}
+    problem = report.problem
     for stage, load in enumerate(planned.loads):
-        rank = owner[stage]
-        first = ranks_of(report.problem)[rank][0] == stage
+        rank = stage_owner(problem.schedule, problem.num_ranks, stage)
+        first = stage < problem.num_ranks
         table.add_row(
             str(stage),
             str(rank),
@@ -64,7 +62,7 @@ def _stages(report: PipelineReport) -> Table:
 
 
 def _steps(report: PipelineReport) -> Table:
-    table = _table("step", ("", "makespan", "period", "bubble", "largest memory", "against uniform"))
+    table = plain_table("step", ("", "makespan", "period", "bubble", "largest memory", "against uniform"))
     rows = [("planned", report.planned), ("uniform", report.uniform)]
     rows += [("with vocabulary parallelism", report.vocabulary)] if report.vocabulary else []
     for name, division in rows:
@@ -77,13 +75,6 @@ def _steps(report: PipelineReport) -> Table:
             _number(max(division.answer.memory)) + ("" if division.fits else " (too much)"),
             "" if division is report.uniform else f"{gain:+.2%}",
         )
-    return table
-
-
-def _table(title: str, columns: Sequence[str]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    for index, name in enumerate(columns):
-        table.add_column(name, justify="left" if index == 0 else "right")
     return table
 
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from skymoe.plan.pipeline.loads import layers_of, stage_ends
 from skymoe.plan.pipeline.problem import SLACK, Problem
+from skymoe.plan.pipeline.schedule import moments_of
 
 Array = NDArray[np.float64]
 Index = NDArray[np.intp]
@@ -51,6 +52,7 @@ class Tables:
     def __init__(self, problem: Problem) -> None:
         units = problem.units
         self.problem = problem
+        self.alive = [moments[0][0] for moments in moments_of(problem)]
         layers = [len(layer) for layer in layers_of(units)]
         ends = np.cumsum([0, *layers])
         self.positions: Index = ends if problem.whole_layers else np.arange(len(units) + 1)
@@ -146,7 +148,7 @@ class Tables:
         return np.asarray(static + self._alive(stage) * kept + running)
 
     def _alive(self, stage: int) -> int:
-        return min(self.problem.num_ranks - stage, self.problem.num_micro) + self.problem.extra_alive
+        return self.alive[stage]
 
     def _num_layers(self, first: Index, end: Index) -> Index:
         return np.asarray(np.where(end > first, self.layer[end - 1] - self.layer[first] + 1, 0), dtype=np.intp)

@@ -26,10 +26,10 @@ def with_vocabulary_parallel(problem: Problem) -> Problem:
         forward=problem.shared.forward + sum(end.forward for end in ends) / stages,
         backward=problem.shared.backward + sum(end.backward for end in ends) / stages,
         weight=problem.shared.weight + sum(end.weight for end in ends) / stages,
-        static=problem.shared.static + sum(end.static for end in ends) / stages,
+        static=problem.shared.static + (sum(end.static for end in ends) - problem.tied_static) / stages,
         activation=problem.shared.activation + sum(end.activation for end in ends) / stages,
         transient=max(problem.shared.transient, *(end.transient / ranks for end in ends)),
     )
     return replace(
-        problem, embedding=End(), head=End(), shared=shared, extra_alive=problem.extra_alive + 1
+        problem, embedding=End(), head=End(), shared=shared, tied_static=0.0, extra_alive=problem.extra_alive + 1
     )  # fmt: skip

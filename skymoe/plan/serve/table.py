@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from skymoe.base.errors import printable
+from skymoe.base.tables import plain_table
 from skymoe.plan.serve.report import GpuMemory, Rival, ServeReport
 
 _TITLES = {
@@ -54,7 +54,7 @@ def _both_ways(report: ServeReport) -> str:
 
 def _gpus(report: ServeReport) -> Table:
     names = list(report.splits)
-    table = _table(["GPU", *(_TITLES[name] for name in names), "weights GB", "reserve", "kv room", "of"])
+    table = plain_table("", ["GPU", *(_TITLES[name] for name in names), "weights GB", "reserve", "kv room", "of"])
     rows = [_row(report, names, index, memory) for index, memory in enumerate(report.memory)]
     start = 0
     for index in range(1, len(rows) + 1):
@@ -71,7 +71,9 @@ def _row(report: ServeReport, names: Sequence[str], index: int, memory: GpuMemor
 
 
 def _sweep(report: ServeReport) -> Table:
-    table = _table(["batch", "step ms", "decoding tok/s", "with prompts tok/s", "gap ms", "first ms", ""])
+    table = plain_table(
+        "", ["batch", "step ms", "decoding tok/s", "with prompts tok/s", "gap ms", "first ms", ""], left=("",)
+    )
     for point in report.sweep:
         mark = "best" if point.batch == report.best_batch else ""
         mark = mark if point.fits else "no room"
@@ -110,10 +112,3 @@ def _rival(rival: Rival) -> str:
         words += f"; decoding at batch {rival.same_batch}: {rival.same_batch_tokens_per_s:,.0f} tok/s"
         words += f", {rival.times_cheaper_same_batch:.2f} times as much"
     return words + " (predicted)"
-
-
-def _table(columns: Sequence[str]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for index, name in enumerate(columns):
-        table.add_column(name, justify="left" if index in (0, len(columns) - 1) and not name[:1].islower() else "right")
-    return table

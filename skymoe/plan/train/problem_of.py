@@ -39,6 +39,7 @@ def problem_of(
         num_micro=work.num_micro,
         embedding=_end(prices.embedding, sizes.embedding),
         head=_end(prices.head, sizes.head),
+        tied_static=sizes.head.static if work.shape.tied else 0.0,
         memory=available - sizes.reserve,
         hop=prices.hop_s,
         schedule=schedule,

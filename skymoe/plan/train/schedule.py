@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from skymoe.base.errors import ConfigError
-from skymoe.plan.orders import Order, interleaved, one_f_one_b, one_rank, zbv
+from skymoe.plan.orders import Order, order_on
 from skymoe.plan.simulator import simulate
 from skymoe.plan.timeline import Timeline
 from skymoe.plan.train.stages import StageTimes
@@ -20,13 +20,7 @@ def order_for(schedule: ScheduleKind, num_ranks: int, num_stages: int, num_micro
     wanted = {ScheduleKind.ONE_F_ONE_B: per_rank == 1, ScheduleKind.ZERO_BUBBLE: per_rank == 2}
     if num_ranks > 1 and (rest or not wanted.get(schedule, per_rank >= 1)):
         raise ConfigError(f"{schedule} on {num_ranks} ranks cannot have {num_stages} stages", where="stages")
-    if num_ranks == 1:
-        return one_rank(num_stages, num_micro)
-    if schedule is ScheduleKind.ONE_F_ONE_B:
-        return one_f_one_b(num_ranks, num_micro)
-    if schedule is ScheduleKind.ZERO_BUBBLE:
-        return zbv(num_ranks, num_micro)
-    return interleaved(num_ranks, per_rank, num_micro)
+    return order_on(schedule, num_ranks, per_rank, num_micro)
 
 
 def run_order(order: Order, times: StageTimes, hop_s: float) -> Timeline:

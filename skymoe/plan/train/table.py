@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from skymoe.base.errors import printable
+from skymoe.base.tables import plain_table
 from skymoe.plan.train.result import Figures, Row, TrainPlan
+from skymoe.spec.layout import ScheduleKind, stage_owner
 
 
 def show(report: TrainPlan, console: Console | None = None) -> None:
@@ -74,9 +75,11 @@ def _proof(report: TrainPlan) -> str:
 
 def _stages(report: TrainPlan) -> Table:
     best, layout = report.best, report.layout
-    table = _table("stages", ("stage", "rank", "layers", "run again", "forward ms", "backward ms", "rank's memory GB"))
+    table = plain_table(
+        "stages", ("stage", "rank", "layers", "run again", "forward ms", "backward ms", "rank's memory GB")
+    )
     for stage, size in enumerate(best.split):
-        rank = 2 * layout.pp - 1 - stage if layout.schedule == "zbv" and stage >= layout.pp else stage % layout.pp
+        rank = stage_owner(ScheduleKind(layout.schedule), layout.pp, stage)
         table.add_row(
             str(stage), str(rank), f"{size:g}", str(best.recompute[stage] or ""),
             f"{1e3 * best.stage_forward_s[stage]:.1f}", f"{1e3 * best.stage_backward_s[stage]:.1f}",
@@ -86,7 +89,7 @@ def _stages(report: TrainPlan) -> Table:
 
 
 def _limits(report: TrainPlan) -> Table:
-    table = _table("where a step's time goes", ("", "s per step", "share"))
+    table = plain_table("where a step's time goes", ("", "s per step", "share"))
     useful = report.time_by_cause_s["arithmetic"]
     table.add_row("the model's arithmetic, at the peak", f"{useful:.3f}", f"{useful / report.best.step_time_s:.1%}")
     for limit in report.limits:
@@ -96,7 +99,7 @@ def _limits(report: TrainPlan) -> Table:
 
 def _rows(title: str, rows: Sequence[Row], last: str) -> Table:
     columns = ("pp x dp x tp", "experts", "batch", "schedule", "tokens/s", "GB", "run again", last)
-    table = _table(title, columns)
+    table = plain_table(title, columns)
     for index in (1, 3, -1):
         table.columns[index].justify = "left"
     for row in rows:
@@ -130,10 +133,3 @@ def counts(numbers: Sequence[float]) -> str:
             words.append(f"{numbers[start]:g}" + (f"x{end - start}" if end - start > 1 else ""))
             start = end
     return " ".join(words)
-
-
-def _table(title: str, columns: Sequence[str]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    for index, name in enumerate(columns):
-        table.add_column(name, justify="left" if index == 0 else "right")
-    return table

@@ -17,7 +17,7 @@ from skymoe.plan.memory.alive import vocabulary_alive
 from skymoe.plan.validate.cases import Case, NotJudgedError
 from skymoe.plan.validate.software import with_habits
 from skymoe.plan.work import Division, Recompute
-from skymoe.spec.layout import DispatchMode
+from skymoe.spec.layout import DispatchMode, ScheduleKind
 
 
 class Pipeline(StrEnum):
@@ -90,6 +90,11 @@ class CaseLayout:
     unfused_passes: float = 0.0
     known: bool = True
     assumed: tuple[str, ...] = ()
+
+    @property
+    def schedule(self) -> ScheduleKind:
+        """Which of ours places its stages so; zero-bubble ones of published runs have one stage per rank."""
+        return ScheduleKind.INTERLEAVED if self.chunks > 1 else ScheduleKind.ONE_F_ONE_B
 
 
 def case_layout(case: Case, cluster: Cluster, *, is_moe: bool) -> CaseLayout:

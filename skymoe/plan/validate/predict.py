@@ -20,7 +20,7 @@ from skymoe.plan.cost.prices import Price, Prices
 from skymoe.plan.hardware.gpu import Precision
 from skymoe.plan.memory.model import rank_memory, sizes
 from skymoe.plan.memory.sizes import Size, Sizes
-from skymoe.plan.orders import Order, interleaved, one_f_one_b, one_rank
+from skymoe.plan.orders import Order, order_on
 from skymoe.plan.train.estimate import Estimate, estimate
 from skymoe.plan.train.stages import StageTimes, stage_times
 from skymoe.plan.validate.cases import Case, NotJudgedError
@@ -109,7 +109,7 @@ def _answer(work: Work, model: CaseModel, layout: CaseLayout) -> tuple[Split, tu
     stages = case_stages(model.shape, layout, work.sequence_length, model.predicts_two)
     priced, sized = published_prices(work, model, layout), _published_sizes(work, layout)
     recompute = _again(work, sized, stages, layout)
-    kind = ScheduleKind.INTERLEAVED if layout.chunks > 1 else ScheduleKind.ONE_F_ONE_B
+    kind = layout.schedule
     order = order_of_case(layout, stage_times(priced, stages, recompute), priced.hop_s)
     answer = estimate(work, stages, recompute, schedule=kind, order=order, priced=priced, sized=sized)
     if layout.pipeline in ZERO_BUBBLE:
@@ -141,12 +141,8 @@ def has_flash(case: Case) -> bool:
 def order_of_case(layout: CaseLayout, times: StageTimes, hop_s: float) -> Order:
     """Of the passes; those of zero-bubble schedules are found for the times of the stages."""
     pp, number = layout.division.pp, layout.num_micro
-    if pp == 1:
-        return one_rank(layout.chunks, number)
-    if layout.pipeline is Pipeline.ONE_F_ONE_B:
-        return one_f_one_b(pp, number)
-    if layout.pipeline is Pipeline.INTERLEAVED:
-        return interleaved(pp, layout.chunks, number)
+    if pp == 1 or layout.pipeline not in ZERO_BUBBLE:
+        return order_on(layout.schedule, pp, layout.chunks, number)
     limit = {Pipeline.ZB_1P: 1.0, Pipeline.ZB_2P: 2.0}.get(layout.pipeline)
     if limit is None:
         return zb_h1(pp, number) if layout.pipeline is Pipeline.ZB_H1 else zb_h2(pp, number)
@@ -244,7 +240,7 @@ def _again(work: Work, sized: Sizes, stages: Split, layout: CaseLayout) -> tuple
     layers = [len({unit // 2 for unit in part}) for part in stages]
     if layout.again.share is not None:
         return tuple(round(layout.again.share * count) for count in layers)
-    kind = ScheduleKind.INTERLEAVED if layout.chunks > 1 else ScheduleKind.ONE_F_ONE_B
+    kind = layout.schedule
     low, high = 0, max(layers)
     while low < high:
         middle = (low + high) // 2

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from skymoe.base.tables import plain_table
 from skymoe.plan.validate.report import ValidateReport
 from skymoe.plan.validate.result import GroupResult
 
@@ -27,7 +27,7 @@ def show(report: ValidateReport, console: Console, *, worst: int = 10) -> None:
 
 
 def _gates(report: ValidateReport) -> Table:
-    table = _table("promises", ("", "found", "limit", "n", ""))
+    table = plain_table("promises", ("", "found", "limit", "n", ""))
     for gate in report.gates:
         found = "-" if gate.value is None else _value(gate.name, gate.value)
         holds = {True: "holds", False: "broken", None: "no case"}[gate.holds]
@@ -40,7 +40,9 @@ def _value(name: str, value: float) -> str:
 
 
 def _groups(report: ValidateReport) -> Table:
-    table = _table("groups", ("group", "quantity", "n", "mean error", "bias", "worst", ""))
+    table = plain_table(
+        "groups", ("group", "quantity", "n", "mean error", "bias", "worst", ""), left=("group", "quantity", "")
+    )
     for group in report.groups:
         if group.comparisons:
             table.add_row(*group_row(group))
@@ -58,7 +60,11 @@ def group_row(group: GroupResult) -> tuple[str, ...]:
 
 
 def _worst(report: ValidateReport, number: int) -> Table:
-    table = _table("largest errors", ("case", "quantity", "predicted", "measured", "error", "layout known"))
+    table = plain_table(
+        "largest errors",
+        ("case", "quantity", "predicted", "measured", "error", "layout known"),
+        left=("case", "layout known"),
+    )
     for c in report.worst(number):
         table.add_row(
             c.case, c.quantity, f"{c.predicted:.4g} {c.unit}", f"{c.measured:.4g} {c.unit}", f"{c.error:+.1%}",
@@ -68,14 +74,7 @@ def _worst(report: ValidateReport, number: int) -> Table:
 
 
 def _aside(report: ValidateReport) -> Table:
-    table = _table("not judged", ("group", "cases", "reason"))
+    table = plain_table("not judged", ("group", "cases", "reason"), left=("group", "reason"))
     for (group, reason), count in sorted(Counter((case.group, case.reason) for case in report.not_judged).items()):
         table.add_row(group, str(count), reason)
-    return table
-
-
-def _table(title: str, columns: tuple[str, ...]) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for column in columns:
-        table.add_column(column, justify="right" if column in {"n", "found", "limit", "error", "bias"} else "left")
     return table
