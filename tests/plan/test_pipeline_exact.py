@@ -16,6 +16,7 @@ from skymoe.plan.pipeline.loads import Load, loads_of, stage_load
 from skymoe.plan.pipeline.problem import Answer, End, Problem, Unit
 from skymoe.plan.pipeline.run import period_of
 from skymoe.plan.pipeline.solve import evaluate, fits, solve, uniform, with_vocabulary_parallel
+from skymoe.plan.pipeline.table import certificate_sentence
 from skymoe.plan.pipeline.tables import Tables
 from skymoe.spec.split import Split
 
@@ -63,7 +64,7 @@ def test_tables_are_the_loads(problem: Problem) -> None:
     everything = range(tables.last + 1)
     for stage in range(problem.num_ranks):
         block, least = tables.block(stage, everything, everything), tables.least_memory(stage, everything, everything)
-        alive = min(problem.num_ranks - stage, problem.num_micro)
+        alive = min(problem.num_ranks - stage + problem.extra_alive, problem.num_micro)
         for i in everything:
             for j in range(i + (not problem.may_be_empty(stage)), tables.last + 1):
                 units = problem.units[tables.positions[i] : tables.positions[j]]
@@ -253,3 +254,22 @@ def test_more_layers_run_again_are_never_faster(problem: Problem, stage: int) ->
     stage = min(stage, problem.num_ranks - 1)
     more = [count + (number == stage) for number, count in enumerate(answer.recompute)]
     assert evaluate(problem, answer.stages, more).makespan >= answer.makespan
+
+
+def test_no_more_micro_batches_are_alive_than_there_are() -> None:
+    """3 of them on 4 ranks: with 2 kept longer, every rank keeps 3, and not 5."""
+    problem = plain(8, 4, 3, extra_alive=2)
+    answer = evaluate(problem, Split((2,) * 4), (0,) * 4)
+    assert answer.memory == (2 + 2 * 3,) * 4
+    assert evaluate(replace(problem, num_micro=5), Split((2,) * 4), (0,) * 4).memory == (12, 12, 10, 8)
+    assert solve(replace(problem, memory=8.0)).makespan == solve(problem).makespan
+
+
+def test_a_certificate_says_what_is_proven() -> None:
+    met, searched = solve(plain(52, 12, 64)), solve(big(128, 32, spread=0.3, memory=80.0))
+    assert met.certificate.method == "its makespan is a lower bound of all divisions"
+    assert searched.certificate.method.startswith("every division with a lower bound below its makespan was simulated")
+    assert certificate_sentence(met).startswith("Proven optimal: its makespan is a lower bound")
+    stopped = solve_exactly(big(128, 32, spread=0.3, memory=80.0), budget=0)
+    assert "search ended at its budget" in stopped.certificate.method
+    assert certificate_sentence(stopped).startswith("Not proven optimal: at most ")

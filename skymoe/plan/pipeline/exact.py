@@ -31,6 +31,11 @@ BUDGET = 4000
 _LARGE, _TOO_LARGE, _HOPELESS = 10**5, 5 * 10**6, 2 * 10**7
 """Intervals of all stages: from which on a better known division pays, and from which on there are too many."""
 
+_MET = "its makespan is a lower bound of all divisions"
+_SIMULATED = "every division with a lower bound below its makespan was simulated, and none is faster"
+_STOPPED = "the search ended at its budget; the bound is of all that was not simulated"
+_NEAR_EVEN = "too many divisions to bound each; cuts near even ones were tried, and the bound is that of load"
+
 
 def solve_exactly(problem: Problem, budget: int = BUDGET) -> Answer:
     """The fastest division of a 1F1B pipeline that fits.
@@ -58,7 +63,10 @@ def solve_exactly(problem: Problem, budget: int = BUDGET) -> Answer:
         found = search(problem, relaxed, fronts(problem, relaxed, makespan), makespan, path, budget)
     if found.path != path:
         path, makespan = polish(problem, relaxed, found.path, found.makespan)
-    return _answer(problem, tables, relaxed, path, found._replace(examined=found.examined + 1))
+    method = _MET if not found.examined else _SIMULATED
+    if not found.complete:
+        method = _STOPPED
+    return _answer(problem, tables, relaxed, path, found._replace(examined=found.examined + 1), method)
 
 
 def _known(problem: Problem) -> float:
@@ -88,10 +96,10 @@ def _unproven(problem: Problem, tables: Tables, near: tuple[Relaxed, Path, float
     if near is None:
         raise nothing_fits(problem)
     relaxed, path, makespan = near
-    return _answer(problem, tables, relaxed, path, Found(makespan, path, load_bound(problem), 1, False))
+    return _answer(problem, tables, relaxed, path, Found(makespan, path, load_bound(problem), 1, False), _NEAR_EVEN)
 
 
-def _answer(problem: Problem, tables: Tables, relaxed: Relaxed, path: Path, found: Found) -> Answer:
+def _answer(problem: Problem, tables: Tables, relaxed: Relaxed, path: Path, found: Found, method: str) -> Answer:
     again = [
         int(block.again[start - block.first, end - block.end])
         for block, start, end in zip(relaxed.blocks, path, path[1:], strict=False)
@@ -99,13 +107,8 @@ def _answer(problem: Problem, tables: Tables, relaxed: Relaxed, path: Path, foun
     places = [int(tables.positions[place]) for place in path]
     sizes = tuple(end - start for start, end in zip(places, places[1:], strict=False))
     answer = evaluate(problem, Split(sizes), again)
-    gap = 0.0 if found.complete else max(0.0, answer.makespan / found.lower_bound - 1)
-    if found.complete:
-        met = found.examined == 1
-        method = "the 1F1B bound is met" if met else "every division with a lower 1F1B bound was simulated"
-    else:
-        method = "the best of those simulated; the 1F1B bound of all others"
     bound = answer.makespan if found.complete else found.lower_bound
+    gap = 0.0 if found.complete else max(0.0, answer.makespan / bound - 1)
     certificate = Certificate(
         optimal=found.complete, lower_bound=bound, gap=gap, method=method, examined=found.examined
     )

@@ -33,8 +33,8 @@ def certificate_sentence(answer: Answer) -> str:
         count = certificate.examined
         return f"Proven optimal: {certificate.method} ({count} division{'s' if count > 1 else ''} simulated)."
     return (
-        f"Not proven optimal: no division is faster than {_number(certificate.lower_bound)}, this one is at most "
-        f"{certificate.gap:.2%} above that ({certificate.method}; {certificate.examined} simulated)."
+        f"Not proven optimal: at most {certificate.gap:.2%} slower than the fastest division, for none takes less than "
+        f"{_number(certificate.lower_bound)} ({certificate.method}; {certificate.examined} simulated)."
     )
 
 
