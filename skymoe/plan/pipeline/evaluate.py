@@ -53,18 +53,33 @@ def uniform(problem: Problem) -> Answer:
     With fewer layers than stages, units are divided instead of layers where the problem allows it. With fewer of those,
     the last stage has none, then the first, as far as they may.
     """
+    sizes = uniform_sizes(problem)
+    return evaluate(problem, Split(sizes), _uniform_again(problem, sizes)[0])
+
+
+def uniform_peak(problem: Problem) -> float:
+    """Memory of the fullest rank of `uniform`, without simulating it."""
+    return _uniform_again(problem, uniform_sizes(problem))[1]
+
+
+def uniform_sizes(problem: Problem) -> tuple[int, ...]:
+    """Units per stage of `uniform`."""
     layers = layers_of(problem.units)
     whole = problem.whole_layers or len(layers) >= problem.num_stages
     pieces = [len(layer) for layer in layers] if whole else [1] * len(problem.units)
-    counts = _dealt(problem, len(pieces))
-    sizes = tuple(sum(pieces[part.start : part.stop]) for part in counts)
-    stages, most = Split(sizes), max(_num_layers(problem, sizes))
+    return tuple(sum(pieces[part.start : part.stop]) for part in _dealt(problem, len(pieces)))
+
+
+def _uniform_again(problem: Problem, sizes: Sequence[int]) -> tuple[list[int], float]:
+    """Layers run again per stage, and the fullest rank's memory with that."""
+    counts = _num_layers(problem, sizes)
     limit = math.inf if problem.memory is None else problem.memory * (1 + SLACK)
-    for again in range(most + 1 if problem.recompute else 1):
-        recompute = [min(again, count) for count in _num_layers(problem, sizes)]
-        if max(peak_memory(problem, loads_of(problem, sizes, recompute))) <= limit:
+    for again in range(max(counts) + 1 if problem.recompute else 1):
+        recompute = [min(again, count) for count in counts]
+        peak = max(peak_memory(problem, loads_of(problem, sizes, recompute)))
+        if peak <= limit:
             break
-    return evaluate(problem, stages, recompute)
+    return recompute, peak
 
 
 def _dealt(problem: Problem, pieces: int) -> Split:

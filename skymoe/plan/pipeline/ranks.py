@@ -11,9 +11,13 @@ import math
 from collections.abc import Iterable, Sequence
 from itertools import product
 
+import numpy as np
+from numpy.typing import NDArray
+
 from skymoe.plan.pipeline.loads import Load, layers_of, stage_load
 from skymoe.plan.pipeline.problem import SLACK, Problem
 from skymoe.plan.pipeline.schedule import moments_of, ranks_of
+from skymoe.plan.pipeline.stage_sums import Numbers, StageSums, Times
 
 _COMBINATIONS = 256
 
@@ -27,7 +31,8 @@ class Ranks:
     def __init__(self, problem: Problem) -> None:
         self.problem, self.moments, self.stages = problem, moments_of(problem), ranks_of(problem)
         self._loads: dict[tuple[int, int, int, int], Load] = {}
-        self._again: dict[tuple[int, Cuts], tuple[int, ...] | None] = {}
+        self._again: list[dict[tuple[int, ...], tuple[int, ...] | None]] = [{} for _ in self.stages]
+        self._sums = StageSums(problem)
 
     def load(self, stage: int, first: int, end: int, again: int) -> Load:
         """Of `stage` with units [first, end)."""
@@ -38,22 +43,29 @@ class Ranks:
 
     def again(self, cuts: Cuts) -> tuple[int, ...] | None:
         """Layers run again per stage; None when a rank cannot fit."""
-        again = [0] * self.problem.num_stages
-        for rank, own in enumerate(self.stages):
-            ends = tuple(place for stage in own for place in self._interval(cuts, stage))
-            key = rank, ends
-            if key not in self._again:
-                self._again[key] = self._leanest(rank, list(zip(ends[::2], ends[1::2], strict=True)))
-            counts = self._again[key]
-            if counts is None:
-                return None
-            for stage, count in zip(own, counts, strict=True):
-                again[stage] = count
-        return tuple(again)
+        fits, again = self.again_all(self.edges([cuts]))
+        return tuple(again[0].tolist()) if fits[0] else None
 
-    def loads(self, cuts: Cuts, again: Sequence[int]) -> list[Load]:
-        """Of all stages."""
-        return [self.load(stage, *self._interval(cuts, stage), count) for stage, count in enumerate(again)]
+    def again_all(self, edges: Numbers) -> tuple[NDArray[np.bool_], Numbers]:
+        """Of many divisions, which ones fit, and their layers run again [divisions, stages]."""
+        fits = np.ones(len(edges), dtype=np.bool_)
+        again = np.zeros((len(edges), self.problem.num_stages), dtype=np.intp)
+        for rank, own in enumerate(self.stages):
+            found = self._leanest_all(rank, edges[:, [edge for stage in own for edge in (stage, stage + 1)]])
+            fits &= [counts is not None for counts in found]
+            again[:, own] = [counts or (0,) * len(own) for counts in found]
+        return fits, again
+
+    def times(self, edges: Numbers, again: Numbers) -> tuple[Times, Times, Times]:
+        """Forward, backward and weight of all stages [stages, divisions]."""
+        return self._sums.times(edges, again)
+
+    def edges(self, options: Sequence[Cuts]) -> Numbers:
+        """Units before which stages begin, and where the last one ends [divisions, stages + 1]."""
+        edges = np.zeros((len(options), self.problem.num_stages + 1), dtype=np.intp)
+        edges[:, 1:-1] = np.array(options, dtype=np.intp).reshape(len(options), -1)
+        edges[:, -1] = len(self.problem.units)
+        return edges
 
     def peak(self, rank: int, intervals: Sequence[tuple[int, int]], counts: Sequence[int]) -> float:
         """Memory of a rank whose stages have these intervals and layers run again."""
@@ -83,6 +95,15 @@ class Ranks:
 
     def _interval(self, cuts: Cuts, stage: int) -> tuple[int, int]:
         return cuts[stage - 1] if stage else 0, cuts[stage] if stage < len(cuts) else len(self.problem.units)
+
+    def _leanest_all(self, rank: int, intervals: Numbers) -> list[tuple[int, ...] | None]:
+        """By starts and ends of the rank's stages [divisions, 2 x stages]; each pair of them is looked at once."""
+        known, found = self._again[rank], []
+        for row in map(tuple, intervals.tolist()):
+            if row not in known:
+                known[row] = self._leanest(rank, list(zip(row[::2], row[1::2], strict=True)))
+            found.append(known[row])
+        return found
 
     def _leanest(self, rank: int, intervals: list[tuple[int, int]]) -> tuple[int, ...] | None:
         """The layers run again with which the rank fits, at the least time; fewer of them where that is the same."""

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from math import ceil
 
 from skymoe.plan.memory.model import sizes
+from skymoe.plan.pipeline.evaluate import uniform_peak
 from skymoe.plan.pipeline.infeasible import smallest_memory
 from skymoe.plan.pipeline.schedule import is_one_f_one_b
-from skymoe.plan.pipeline.solve import uniform
 from skymoe.plan.train.asked import Asked
 from skymoe.plan.train.priced import LEVELS, price, work_of
 from skymoe.plan.train.search import GB, Found, divide
@@ -79,7 +79,7 @@ def needed_memory(asked: Asked, candidate: Candidate) -> float:
     problem = replace(priced.problem, schedule=candidate.schedule, chunks=candidate.chunks)
     if is_one_f_one_b(problem):
         return smallest_memory(problem) + priced.sizes.reserve
-    return max(uniform(problem).memory) + priced.sizes.reserve
+    return uniform_peak(problem) + priced.sizes.reserve
 
 
 def may_fit(asked: Asked) -> bool:

@@ -14,10 +14,11 @@ from math import inf
 
 from skymoe.base.errors import ConfigError
 from skymoe.plan.cost.model import step_end
+from skymoe.plan.pipeline.evaluate import uniform_peak
 from skymoe.plan.pipeline.infeasible import smallest_memory
 from skymoe.plan.pipeline.problem import Answer
 from skymoe.plan.pipeline.schedule import is_one_f_one_b
-from skymoe.plan.pipeline.solve import solve, uniform
+from skymoe.plan.pipeline.solve import solve
 from skymoe.plan.train.asked import Asked
 from skymoe.plan.train.priced import Priced, price_all
 from skymoe.plan.train.space import Candidate, candidates
@@ -154,8 +155,8 @@ def divide(priced: Priced) -> Found | Refused:
     assert memory is not None, "a GPU has a memory"
     if priced.static_share > memory:
         return _too_large(priced, priced.static_share, "weights, gradients and optimizer alone")
-    plain = uniform(priced.problem)
-    if max(plain.memory) > memory and is_one_f_one_b(priced.problem):
+    plain = uniform_peak(priced.problem)
+    if plain > memory and is_one_f_one_b(priced.problem):
         # Asked for before the solver is, which tells at length what else would do.
         least = smallest_memory(priced.problem)
         if least > memory:
@@ -163,7 +164,7 @@ def divide(priced: Priced) -> Found | Refused:
     try:
         answer = solve(priced.problem)
     except ConfigError:
-        return _too_large(priced, max(plain.memory), f"the uniform split, {_again(priced)},")
+        return _too_large(priced, plain, f"the uniform split, {_again(priced)},")
     return found_of(priced, answer)
 
 
