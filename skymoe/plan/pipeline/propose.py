@@ -21,6 +21,7 @@ from skymoe.plan.pipeline.ranks import Ranks
 from skymoe.plan.pipeline.starts import starts
 from skymoe.spec.split import Split
 
+
 def propose(problem: Problem) -> Answer:
     """The fastest division that the search finds.
 

@@ -1,8 +1,8 @@
 """Divisions for zbv whose *ranks* are equal: rank r has stage r on the way down and stage 2P-1-r on the way up.
 
 A dynamic program from the outermost rank inwards. After r ranks the units [0, i) and [j, L) are given out; rank r takes
-a more from the left and b from the right. With x the time of a rank over the mean one, and d and u its two stages' times
-over their shares of it, a division costs
+a more from the left and b from the right. With x the time of a rank over the mean one, and d and u the times of its two
+stages over their shares of it, a division costs
 
     sum over ranks of   x^8 + weight (d^8 + u^8)
 
