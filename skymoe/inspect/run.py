@@ -7,14 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
-from skymoe.base.errors import FormatError
 from skymoe.inspect.config import InspectConfig
 from skymoe.inspect.facts import flops_table, parameters_by_part, shape, sizes
 from skymoe.inspect.result import SCHEMA, InspectReport
 from skymoe.spec.flops import count_parameters
 from skymoe.spec.hf import spec_from_directory
 from skymoe.spec.model import ModelSpec
-from skymoe.spec.presets import PRESETS
+from skymoe.spec.named import preset_or_directory
 from skymoe.weights.index import ModelFiles
 from skymoe.weights.match import match_tensors
 from skymoe.weights.names import Place
@@ -29,13 +28,9 @@ def run(config: InspectConfig) -> InspectReport:
     Raises:
         FormatError: neither a preset nor a readable model directory.
     """
-    if config.model in PRESETS:
-        return _describe(config, PRESETS[config.model], None)
-    directory = Path(config.model)
-    if not directory.is_dir():
-        raise FormatError(
-            "there is no such model directory or preset", where=config.model, hint=f"presets: {', '.join(PRESETS)}"
-        )
+    directory = preset_or_directory(config.model)
+    if not isinstance(directory, Path):
+        return _describe(config, directory, None)
     spec = spec_from_directory(directory)
     with ModelFiles(directory) as files:
         match = match_tensors(spec, list_tensors(directory, files.tensors).tensors, where=directory)

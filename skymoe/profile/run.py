@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from skymoe.base.errors import ConfigError, FormatError, MachineError
+from skymoe.base.errors import ConfigError, MachineError
 from skymoe.base.files import write_atomic
 from skymoe.base.progress import Progress, progress
 from skymoe.ops.device import usable_device
@@ -30,9 +30,8 @@ from skymoe.profile.config import ProfileConfig
 from skymoe.profile.layers import kinds_of
 from skymoe.profile.machine import memory_bytes
 from skymoe.profile.worker import Found, num_steps, rank_main
-from skymoe.spec.hf import spec_from_directory
 from skymoe.spec.model import ModelSpec
-from skymoe.spec.presets import PRESETS
+from skymoe.spec.named import read_model
 
 _GRACE_S = 2.0
 
@@ -45,7 +44,7 @@ def run(config: ProfileConfig) -> Profile:
         ConfigError: device, ranks and threads do not go together.
         MachineError: a rank failed; no space, no permission.
     """
-    spec = read_spec(config.model)
+    spec = read_model(config.model)
     _check(config)
     _check_memory(config, spec)
     load = os.getloadavg()[0]
@@ -54,16 +53,6 @@ def run(config: ProfileConfig) -> Profile:
     profile = assemble(config, spec, found, load)
     write_atomic(config.out, (json.dumps(profile.model_dump(mode="json"), indent=1) + "\n").encode())
     return profile
-
-
-def read_spec(model: str) -> ModelSpec:
-    """Of a preset, or of a directory's config.json."""
-    if model in PRESETS:
-        return PRESETS[model]
-    if not Path(model).is_dir():
-        hint = f"presets: {', '.join(PRESETS)}"
-        raise FormatError("there is no such model directory or preset", where=model, hint=hint)
-    return spec_from_directory(Path(model))
 
 
 def measure_ranks(config: ProfileConfig, spec: ModelSpec, bar: Progress) -> Found:

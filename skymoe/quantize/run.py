@@ -34,7 +34,7 @@ from skymoe.quantize.config import QuantizeConfig
 from skymoe.quantize.plan import QuantizePlan, Rounded, ToFp8, plan_quantize, sources_of
 from skymoe.quantize.result import Counts, PlannedQuantize, QuantizeReport, TensorError
 from skymoe.quantize.words import remarks, summary
-from skymoe.spec.presets import PRESETS
+from skymoe.spec.named import preset_or_directory
 from skymoe.spec.quantization import FIELD, Fp8Scheme, write_quantization
 from skymoe.weights.buffers import torch_dtype
 
@@ -83,8 +83,9 @@ def dry_run(config: QuantizeConfig) -> PlannedQuantize:
         FormatError: neither a preset nor a readable model directory.
         ConfigError: OUT is given and exists.
     """
-    if config.source in PRESETS:
-        spec = PRESETS[config.source]
+    named = preset_or_directory(config.source)
+    if not isinstance(named, Path):
+        spec = named
         plan = plan_quantize(spec, sources_of(spec, DType.BFLOAT16), config.scheme)
     else:
         with open_parent(_directory(config), decode_to=DType.FLOAT32) as parent:
@@ -96,14 +97,11 @@ def dry_run(config: QuantizeConfig) -> PlannedQuantize:
 
 
 def _directory(config: QuantizeConfig) -> Path:
-    source = Path(config.source)
-    if config.source in PRESETS:
+    source = preset_or_directory(config.source)
+    if not isinstance(source, Path):
         told = "--dry-run tells what its FP8 form would take"
-        hint = f"./{config.source} names the directory of that name" if source.is_dir() else told
+        hint = f"./{config.source} names the directory of that name" if Path(config.source).is_dir() else told
         raise ConfigError("a preset has no weights to quantize", where=config.source, hint=hint)
-    if not source.is_dir():
-        hint = f"presets (with --dry-run): {', '.join(PRESETS)}"
-        raise FormatError("there is no such model directory or preset", where=config.source, hint=hint)
     if config.out is not None:
         refuse_source(config.out, source)
     return source

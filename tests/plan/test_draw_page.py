@@ -22,7 +22,6 @@ from skymoe.plan.draw.page import (
     schedule_section,
 )  # fmt: skip
 from skymoe.plan.draw.panel import Bars, Panel, Point
-from skymoe.plan.memory.sizes import RankMemory
 from skymoe.plan.orders import one_f_one_b
 from skymoe.plan.simulator import simulate
 
@@ -53,7 +52,7 @@ class Checker(HTMLParser):
 
 def hostile_page() -> str:
     timeline = simulate(one_f_one_b(2, 3), [1.0, 1.0], [2.0, 2.0])
-    memory = RankMemory(weights=1e9, gradients=1e9, optimizer=0, activations=3e9, transient=0, reserve=1e9)
+    memory = {"weights": 1e9, "gradients": 1e9, "optimizer": 0, "activations": 3e9, "transient": 0, "reserve": 1e9}
     return html_page(
         Page(
             kind=HOSTILE,
@@ -62,7 +61,7 @@ def hostile_page() -> str:
             cards=(Card(name=HOSTILE, value=HOSTILE, unit=HOSTILE, tone='" onclick="x'),),
             sections=(
                 schedule_section([Panel(title=HOSTILE, timeline=timeline)]),
-                memory_section([Bars.of(HOSTILE, [memory])], 5e9),
+                memory_section([Bars(title=HOSTILE, ranks=(memory,))], 5e9),
                 points_section(
                     [Point(x=1, y=1, name=HOSTILE), Point(x=2, y=2, name=HOSTILE, chosen=True)],
                     title=HOSTILE,

@@ -14,7 +14,6 @@ from skymoe.plan.draw.svg import timeline_svg
 from skymoe.plan.draw.window import MAX_MARKS, MAX_RANKS, left_out, windows
 from skymoe.plan.draw.words import percent, ticks, time
 from skymoe.plan.eager import eager_one_f_one_b
-from skymoe.plan.memory.sizes import RankMemory
 from skymoe.plan.orders import interleaved, one_f_one_b, zbv
 from skymoe.plan.simulator import simulate
 from skymoe.plan.timeline import Timeline
@@ -103,10 +102,10 @@ def test_a_short_step_is_whole() -> None:
 def test_hostile_names_are_text() -> None:
     timeline = simulate(one_f_one_b(2, 3), [1.0, 1.0], [2.0, 2.0])
     panel = Panel(title=HOSTILE, timeline=timeline, labels=(HOSTILE, "b"), note=HOSTILE)
-    memory = RankMemory(weights=1e9, gradients=1e9, optimizer=0, activations=3e9, transient=0, reserve=1e9)
+    memory = {"weights": 1e9, "gradients": 1e9, "optimizer": 0, "activations": 3e9, "transient": 0, "reserve": 1e9}
     drawings = [
         timeline_svg([panel], title=HOSTILE),
-        memory_svg([Bars.of(HOSTILE, [memory], [HOSTILE])], 5e9, title=HOSTILE),
+        memory_svg([Bars(title=HOSTILE, ranks=(memory,), labels=(HOSTILE,))], 5e9, title=HOSTILE),
         points_svg([Point(x=1, y=2, name=HOSTILE, chosen=True)], title=HOSTILE, x_name="x", y_name="y"),
         curves_svg([Curve(name=HOSTILE, points=((1.0, 2.0), (2.0, 3.0)))], title=HOSTILE, x_name="x", y_name="y"),
     ]
@@ -118,9 +117,10 @@ def test_hostile_names_are_text() -> None:
 
 
 def test_memory_bars_say_what_is_too_much() -> None:
-    small = RankMemory(weights=10e9, gradients=20e9, optimizer=5e9, activations=20e9, transient=0, reserve=5e9)
-    large = RankMemory(weights=10e9, gradients=20e9, optimizer=5e9, activations=50e9, transient=2e9, reserve=5e9)
-    root = parse(memory_svg([Bars.of("uniform", [large, small]), Bars.of("planned", [small] * 70)], 80e9))
+    small = {"weights": 10e9, "gradients": 20e9, "optimizer": 5e9, "activations": 20e9, "transient": 0, "reserve": 5e9}
+    large = {**small, "activations": 50e9, "transient": 2e9}
+    both = [Bars(title="uniform", ranks=(large, small)), Bars(title="planned", ranks=(small,) * 70)]
+    root = parse(memory_svg(both, 80e9))
     words = texts(root)
     assert any("uniform12 GB too much" in word for word in words)
     assert any("at most 60 GB, 75 %, the first 64 of 70 ranks" in word for word in words)

@@ -7,9 +7,8 @@ import io
 import pytest
 from rich.console import Console
 
-from skymoe.plan.draw.panel import Bars, Panel
-from skymoe.plan.draw.terminal import show_memory, show_timeline, show_timelines
-from skymoe.plan.memory.sizes import RankMemory
+from skymoe.plan.draw.panel import Panel
+from skymoe.plan.draw.terminal import show_timeline, show_timelines
 from skymoe.plan.orders import one_f_one_b, zbv
 from skymoe.plan.simulator import simulate
 from skymoe.plan.timeline import Timeline
@@ -64,16 +63,3 @@ def test_control_characters_and_nothing_at_all() -> None:
     text = printed(lambda console: show_timeline(timeline, console, title="\x1b[31m[bold]red[/bold]"))
     assert "\x1b" not in text and "\\x1b[31m[bold]red[/bold]" in text
     assert printed(lambda console: show_timeline(Timeline((), 0.0), console)) == ""
-    assert printed(lambda console: show_memory([], None, console)) == ""
-
-
-def test_memory_bars() -> None:
-    """Letters in proportion to gigabytes; what is too much says so."""
-    fits = RankMemory(weights=10e9, gradients=20e9, optimizer=10e9, activations=30e9, transient=0.0, reserve=0.0)
-    over = RankMemory(weights=10e9, gradients=20e9, optimizer=10e9, activations=40e9, transient=5e9, reserve=5e9)
-    text = printed(lambda console: show_memory([Bars.of("planned", [fits, over])], 80e9, console))
-    first, second = text.splitlines()[1:3]
-    bar = first.split()[1]
-    assert abs(3 * bar.count("w") - bar.count("a")) <= 2 and len(bar) == round(7 / 9 * 48)
-    assert first.endswith("| 70 GB") and second.endswith("90 GB too much")
-    assert text.splitlines()[-1] == "w weights   g gradients   o optimizer   a activations   t transient   . reserve"

@@ -116,7 +116,7 @@ def test_given_divisions():
         ({"weights": "bf16"}, "does not fit", "--weights fp8"),
         ({"gpus": "7xrtx4090", "context": 8192, "reserve": 4.0}, "lacking", "--context"),
         ({"gpus": "8xrtx4091"}, "no GPU", "rtx4090"),
-        ({"model": "skywork-mo"}, "no preset", "skywork-moe"),
+        ({"model": "skywork-mo"}, "no such model directory or preset", "skywork-moe"),
         ({"context": 9000}, "context of 9000", "8192"),
         ({"split": ("heads=5,5",)}, "needs 8 numbers", "--split heads=5,5,5,5,4,4,4,4"),
         ({"split": ("ffn=5,5",)}, "needs 8 numbers", "--split ffn=12,12,12,12,12,12,12,12"),
@@ -133,7 +133,7 @@ def test_given_divisions():
     ],
 )
 def test_what_cannot_be_is_refused_with_what_could(options, said, hint):
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(SkymoeError) as caught:
         plan(**options)
     assert said in caught.value.what + caught.value.why
     assert hint in caught.value.hint

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from skymoe.plan.memory.sizes import RankMemory
 from skymoe.plan.timeline import Timeline
 
 PARTS: Final = ("weights", "gradients", "optimizer", "activations", "keys and values", "transient", "reserve")
@@ -55,11 +54,6 @@ class Bars:
     labels: tuple[str, ...] = ()
     capacities: tuple[float, ...] = ()
 
-    @classmethod
-    def of(cls, title: str, ranks: Sequence[RankMemory], labels: Sequence[str] = ()) -> Bars:
-        """Of what the memory model says about the ranks of a pipeline."""
-        return cls(title=title, ranks=tuple(map(_by_cause, ranks)), labels=tuple(labels))
-
     @property
     def totals(self) -> tuple[float, ...]:
         """Of each rank."""
@@ -69,13 +63,6 @@ class Bars:
         """Whether a rank needs more than it has."""
         has = self.capacities[index] if self.capacities else capacity
         return has is not None and self.totals[index] > has * (1 + 1e-9)
-
-
-def _by_cause(rank: RankMemory) -> dict[str, float]:
-    return {
-        "weights": rank.weights, "gradients": rank.gradients, "optimizer": rank.optimizer,
-        "activations": rank.activations, "transient": rank.transient, "reserve": rank.reserve,
-    }  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

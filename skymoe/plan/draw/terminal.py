@@ -1,4 +1,4 @@
-"""A step of a pipeline, and memory, in the terminal.
+"""A step of a pipeline in the terminal.
 
 Each rank is a row, each column a bit of time with the letter of what fills most of it: F forward, B backward, r layers
 run again in it, W gradients of weights, a point idle. Letters carry the meaning and colours only help, so it reads the
@@ -14,9 +14,9 @@ from typing import Final
 from rich.console import Console
 from rich.text import Text
 
-from skymoe.plan.draw.panel import Bars, Panel
+from skymoe.plan.draw.panel import Panel
 from skymoe.plan.draw.window import MAX_RANKS, Window, left_out, windows
-from skymoe.plan.draw.words import figures, gigabytes, name, percent, time
+from skymoe.plan.draw.words import figures, name, percent, time
 from skymoe.plan.timeline import Timeline
 from skymoe.spec.timeline import Span
 
@@ -24,11 +24,6 @@ _STYLES: Final = {
     "F": "white on blue", "B": "black on yellow", "r": "white on red", "W": "black on green", ".": "dim", "~": "dim",
 }  # fmt: skip
 _WORDS: Final = {"F": "forward", "B": "backward", "r": "run again", "W": "gradients of weights", ".": "idle"}
-_MEMORY: Final = {
-    "weights": ("w", "white on blue"), "gradients": ("g", "black on cyan"), "optimizer": ("o", "black on white"),
-    "activations": ("a", "black on yellow"), "keys and values": ("k", "black on yellow"),
-    "transient": ("t", "white on red"), "reserve": (".", "dim"),
-}  # fmt: skip
 
 
 def show_timeline(
@@ -75,40 +70,6 @@ def show_timelines(panels: Sequence[Panel], console: Console | None = None, widt
             words = f"~ {time(gone[0], panel.unit)} to {time(gone[1], panel.unit)} left out"
             _print(console, Text(" " * left + words, style="dim"))
     _print(console, _legend([(letter, _WORDS[letter], _STYLES[letter]) for letter in _WORDS if letter in letters]))
-
-
-def show_memory(
-    groups: Sequence[Bars], capacity: float | None = None, console: Console | None = None, width: int | None = None
-) -> None:
-    """Print a bar per rank, as long as its memory; `|` is what a GPU has."""
-    console = console or Console(highlight=False)
-    shown = [group for group in groups if group.ranks]
-    if not shown:
-        return
-    most = max([capacity or 0.0, *(size for group in shown for size in (*group.totals, *group.capacities))])
-    columns = max(20, min(72, (width or console.width) - 32))
-    used: set[str] = set()
-    for group in shown:
-        _print(console, Text(name(group.title), style="bold"))
-        labels = group.labels if len(group.labels) == len(group.ranks) else [str(i) for i in range(len(group.ranks))]
-        for index, (label, rank) in list(enumerate(zip(labels, group.ranks, strict=True)))[:MAX_RANKS]:
-            line, done, reached = Text(name(label, 12).rjust(12) + " "), 0.0, 0
-            for part, amount in rank.items():
-                done += amount
-                cells = round(done / most * columns) - reached if most else 0
-                reached += cells
-                line.append(_MEMORY[part][0] * cells, style=_MEMORY[part][1])
-                if cells:
-                    used.add(part)
-            has = group.capacities[index] if group.capacities else capacity
-            limit = round(has / most * columns) if has and most else 0
-            line.append((" " * max(0, limit - reached)) + ("|" if limit >= reached and limit else ""))
-            over = group.is_over(index, capacity)
-            line.append(f" {gigabytes(group.totals[index])} GB", style="bold red" if over else "")
-            _print(console, line.append(" too much" if over else ""))
-        if len(group.ranks) > MAX_RANKS:
-            _print(console, Text(f"{len(group.ranks) - MAX_RANKS} ranks are not shown", style="dim"))
-    _print(console, _legend([(_MEMORY[p][0], p, _MEMORY[p][1]) for p in _MEMORY if p in used]))
 
 
 def _cells(panel: Panel, spans: Sequence[Span], window: Window, columns: int) -> str:

@@ -8,9 +8,10 @@ from skymoe.base.errors import ConfigError
 from skymoe.plan.guide.config import GuideConfig
 from skymoe.plan.guide.facts import COMPUTE_RATIO, HOURS
 from skymoe.plan.guide.result import Compute
-from skymoe.plan.train.model import MOST_SEQUENCE, read_model
+from skymoe.plan.train.model import MOST_SEQUENCE
 from skymoe.spec.flops import count_parameters, flops_per_token
 from skymoe.spec.model import ModelSpec, MoESpec
+from skymoe.spec.named import read_model
 
 
 def compute_of(config: GuideConfig) -> Compute:

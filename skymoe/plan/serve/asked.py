@@ -17,7 +17,7 @@ from skymoe.plan.serve.model import Served
 from skymoe.plan.serve.pieces import Wish, countable, nearest
 from skymoe.plan.serve.workload import Workload
 from skymoe.plan.shape import shape_of
-from skymoe.plan.train.model import read_model
+from skymoe.spec.named import read_model
 
 _CONTEXT = 4096
 _STORED: Mapping[str, tuple[float, Precision]] = {

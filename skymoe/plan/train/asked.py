@@ -16,10 +16,11 @@ from skymoe.plan.hardware.gpu import Cluster, Precision
 from skymoe.plan.hardware.profile import Profile, read_profile
 from skymoe.plan.shape import ModelShape, shape_of
 from skymoe.plan.train.config import PlanTrainConfig
-from skymoe.plan.train.model import MOST_SEQUENCE, read_model
+from skymoe.plan.train.model import MOST_SEQUENCE
 from skymoe.plan.train.space import divisors, tp_fits, units_of, usual_sequences
 from skymoe.spec.layout import ScheduleKind
 from skymoe.spec.model import ModelSpec
+from skymoe.spec.named import read_model
 
 
 @dataclass(frozen=True, kw_only=True)
