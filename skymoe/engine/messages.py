@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Annotated, Any, Generic, Literal, TypeAlias, TypeVar
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -136,6 +137,9 @@ def pack(message: Command | News) -> bytes:
         FormatError: it is longer than a frame may be, or has a number or text that JSON cannot say.
     """
     adapter: TypeAdapter[Any] = _COMMANDS if isinstance(message, Command) else _NEWS
+    if isinstance(message, Add):  # the mapping may be of a kind that the writer of JSON does not know
+        params = replace(message.params, logit_bias=dict(message.params.logit_bias))
+        message = Add(message.id, message.prompt, params)
     try:
         payload = adapter.dump_json(message)
     except ValueError as error:  # half of a surrogate pair
