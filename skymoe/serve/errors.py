@@ -1,0 +1,100 @@
+"""What went wrong with a request, as OpenAI says it: a status and `{"error": {message, type, param, code}}`."""
+
+from __future__ import annotations
+
+import http
+from collections.abc import Mapping
+from typing import NoReturn, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from starlette.requests import Request
+from starlette.responses import Response
+
+from skymoe.base.errors import SkymoeError, printable
+from skymoe.serve.protocol.common import ErrorAnswer, ErrorDetail
+
+_TYPES = {
+    400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 405: "invalid_request_error",
+    408: "timeout_error", 413: "invalid_request_error", 415: "invalid_request_error", 429: "rate_limit_error",
+    431: "invalid_request_error", 503: "service_unavailable_error",
+}  # fmt: skip
+
+
+class ApiError(Exception):
+    """A request that is answered with an error.
+
+    Args:
+        status: the HTTP status.
+        message: for people; control characters are escaped.
+        param: the field it is about.
+        code: for programs.
+        headers: more of the answer, such as Retry-After.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.headers = dict(headers or {})
+        self.body = error_body(status, message, param=param, code=code)
+
+    def response(self) -> Response:
+        """The answer."""
+        return Response(self.body, self.status, self.headers, "application/json")
+
+
+def error_body(status: int, message: str, *, param: str | None = None, code: str | None = None) -> bytes:
+    """OpenAI's error object as JSON; nothing in it can break a terminal or a log."""
+    detail = ErrorDetail(
+        message="\n".join(printable(line, 1000) for line in message.split("\n")),
+        type=_TYPES.get(status, "server_error"),
+        param=None if param is None else printable(param, 100),
+        code=code,
+    )
+    return ErrorAnswer(error=detail).model_dump_json().encode()
+
+
+def raw_answer(status: int, message: str, headers: Mapping[str, str]) -> bytes:
+    """A whole HTTP/1.1 answer, for where no application has been asked; it ends the connection."""
+    body = error_body(status, message)
+    lines = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close", **headers}
+    head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
+    return f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\n{head}\r\n".encode() + body
+
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def refuse(error: SkymoeError, *, param: str | None = None, code: str | None = None) -> NoReturn:
+    """A user's error, raised by what the server calls, is the client's: 400."""
+    raise ApiError(400, str(error), param=param, code=code) from error
+
+
+def read_body(cls: type[M], body: bytes) -> M:
+    """The request in `body`, read strictly; raises ApiError 400 and names the field."""
+    try:
+        return cls.model_validate_json(body)
+    except ValidationError as error:
+        first = min(error.errors(include_url=False, include_input=False, include_context=False), key=_depth)
+        field = ".".join(str(step) for step in first["loc"])
+        message = str(first["msg"])
+    raise ApiError(400, f"{field}: {message}" if field else message, param=field or None, code="invalid_request")
+
+
+def _depth(problem: Mapping[str, object]) -> int:
+    """Of several readings of one field, the plainest complaint."""
+    loc = problem["loc"]
+    return len(loc) if isinstance(loc, tuple) else 0
+
+
+async def answer_api_error(request: Request, error: Exception) -> Response:
+    """Starlette's door for ApiError."""
+    assert isinstance(error, ApiError)
+    return error.response()

@@ -1,0 +1,154 @@
+"""uvicorn's HTTP/1.1 protocol with what it lacks: deadlines, and a bound of the head.
+
+uvicorn waits for the rest of a request for ever. Here a request line with its headers has `header_s`, from the start of
+the connection or from their first byte; the body has `body_s` from there; and a client that does not take its answer
+`write_s`. A head of more than `header_bytes` is answered with 431, what is no HTTP with 400, what is late with 408, one
+connection too many with 503, and the connection is closed: first our half, then the rest when the client has had a
+moment to read why (a socket closed with bytes unread resets the connection, and the answer is lost).
+Bodies are bounded in `limits.py`. TLS and HTTP/2 are left to a proxy in front.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import h11
+from uvicorn.config import Config
+from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.server import ServerState
+
+from skymoe.serve.config import Limits
+from skymoe.serve.errors import raw_answer
+
+_LINGER_S = 1.0
+
+
+class _Connection(h11.Connection):
+    """h11's, with a bound of the head that also holds for one that arrives whole, and the status of what it refuses."""
+
+    def __init__(self, max_head: int) -> None:
+        super().__init__(h11.SERVER, max_incomplete_event_size=max_head)
+        self.max_head = max_head
+        self.refused_with = 400
+        self.num_requests = 0
+
+    def next_event(self) -> Any:
+        try:
+            event = super().next_event()
+        except h11.RemoteProtocolError as error:
+            self.refused_with = error.error_status_hint
+            raise
+        if isinstance(event, h11.Request):
+            self.num_requests += 1
+            head = len(event.target) + sum(len(name) + len(value) + 4 for name, value in event.headers)
+            if head > self.max_head:
+                self.refused_with = 431
+                raise h11.RemoteProtocolError("request headers too large", error_status_hint=431)
+        return event
+
+
+class BoundedProtocol(H11Protocol):
+    """One connection.
+
+    Args:
+        limits: the bounds.
+        config, server_state, app_state, _loop: as uvicorn gives them.
+    """
+
+    def __init__(
+        self,
+        limits: Limits,
+        *,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        self.conn: _Connection = _Connection(limits.header_bytes)
+        self._limits = limits
+        self._awaited: tuple[str, int] | None = None  # what is to arrive next, of which request
+        self._clock: asyncio.TimerHandle | None = None
+        self._writing: asyncio.TimerHandle | None = None
+        self._refused = False
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) > self._limits.connections:
+            self._refuse(503, "too many connections", {"retry-after": "1"})
+        else:
+            self._expect("head")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._expect(None)
+        self.resume_writing()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if not self._refused:
+            super().data_received(data)
+            self._watch()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._watch()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._writing = self.loop.call_later(self._limits.write_s, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._writing is not None:
+            self._writing.cancel()
+            self._writing = None
+
+    def send_400_response(self, msg: str) -> None:
+        """What h11 cannot read."""
+        status = self.conn.refused_with
+        self._refuse(status, "the request's headers are too large" if status == 431 else "this is not HTTP/1.1")
+
+    def _watch(self) -> None:
+        """What is to arrive next, by what has."""
+        state = self.conn.their_state
+        if self._refused:
+            return
+        if state is h11.SEND_BODY:
+            self._expect("body")
+        elif state is h11.IDLE and self.conn.trailing_data[0]:
+            self._expect("head")
+        elif state is not h11.IDLE or self.conn.num_requests:  # between requests uvicorn's own clock runs
+            self._expect(None)
+
+    def _expect(self, what: str | None) -> None:
+        """Start a clock, unless it runs already."""
+        awaited = None if what is None else (what, self.conn.num_requests)
+        if awaited == self._awaited:
+            return
+        if self._clock is not None:
+            self._clock.cancel()
+        self._awaited, self._clock = awaited, None
+        if what is not None:
+            seconds = self._limits.header_s if what == "head" else self._limits.body_s
+            self._clock = self.loop.call_later(seconds, self._late, what)
+
+    def _late(self, what: str) -> None:
+        self._refuse(408, f"the {what} of the request did not arrive in time")
+
+    def _refuse(self, status: int, message: str, headers: dict[str, str] | None = None) -> None:
+        """Answer, unless an answer is on its way already, and close."""
+        self._expect(None)
+        self._refused = True
+        if self.transport.is_closing():
+            return
+        answering = self.cycle is not None and self.cycle.response_started
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        if not answering or (self.cycle.response_complete and self.conn.their_state is not h11.SEND_BODY):
+            self.transport.write(raw_answer(status, message, headers or {}))
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self.flow.resume_reading()
+        self.loop.call_later(_LINGER_S, self.transport.abort)

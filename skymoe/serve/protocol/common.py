@@ -1,0 +1,167 @@
+"""What the requests share: bounds, sampling fields, usage, errors.
+
+Every number has bounds and nothing is converted: `"5"` is no number. Fields that no reader here knows are ignored, as
+OpenAI's clients send such (`user`, `store`, `metadata`) and vLLM ignores them too. Fields that would change the answer
+and that this server cannot honour are known, and take only the value that asks for nothing (`tools: []`); so a client
+is told instead of served something else. Where fields contradict each other the milder reading holds, so that what the
+OpenAPI document allows is accepted: `min_tokens` ends at `max_tokens`, `stream_options` without `stream` has no effect.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, WithJsonSchema
+
+from skymoe.engine.params import MAX_BIASES, MAX_LOGPROBS, MAX_SEED, MAX_STOP_BYTES, MAX_STOPS
+
+MAX_N = 8
+MAX_TOKENS = 2**31 - 1
+TOKEN_ID = "token-id"  # marks schemas that get the vocabulary of the model that is served as their bound
+_TOKEN_KEY = re.compile(r"0|[1-9][0-9]{0,9}")
+
+
+class Message(BaseModel):
+    """Base of all requests and their parts."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class Answer(BaseModel):
+    """Base of all answers."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+def _short_stop(text: str) -> str:
+    if len(text.encode()) > MAX_STOP_BYTES:
+        raise ValueError(f"a stop string has at most {MAX_STOP_BYTES} bytes of UTF-8")
+    return text
+
+
+def _token_keys(biases: dict[str, float]) -> dict[str, float]:
+    for key in biases:
+        if not _TOKEN_KEY.fullmatch(key):
+            raise ValueError("the keys of logit_bias are token ids, such as \"42\"")
+    return biases
+
+
+TokenId = Annotated[int, Field(ge=0, le=2**31 - 1, json_schema_extra={"format": TOKEN_ID})]
+# 64 characters are at most 256 bytes: what the document allows is accepted
+StopString = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_BYTES // 4), AfterValidator(_short_stop)]
+Text = Annotated[str, StringConstraints(min_length=1)]
+LogitBias = Annotated[
+    dict[str, Annotated[float, Field(ge=-100, le=100)]],
+    Field(max_length=MAX_BIASES),
+    AfterValidator(_token_keys),
+    WithJsonSchema(
+        {
+            "type": "object",
+            "maxProperties": MAX_BIASES,
+            "propertyNames": {"type": "string", "format": TOKEN_ID},
+            "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+        }
+    ),
+]
+Nothing = Annotated[list[Any], Field(max_length=0)]
+
+
+class StreamOptions(Message):
+    """What a stream carries beside the text."""
+
+    include_usage: bool | None = None
+    """one more event at the end, with `usage` and no choices"""
+    continuous_usage_stats: bool | None = None
+    """usage so far in every event (of vLLM)"""
+
+
+class Sampling(Message):
+    """Fields of completions and chat completions alike. Those after `logit_bias` are vLLM's."""
+
+    model: str | None = Field(default=None, max_length=200)
+    n: int | None = Field(default=None, ge=1, le=MAX_N)
+    temperature: float | None = Field(default=None, ge=0, le=100)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
+    seed: int | None = Field(default=None, ge=-MAX_SEED - 1, le=MAX_SEED)
+    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    logit_bias: LogitBias | None = None
+    top_k: int | None = Field(default=None, ge=-1, le=MAX_TOKENS)
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    repetition_penalty: float | None = Field(default=None, gt=0, le=10)
+    min_tokens: int | None = Field(default=None, ge=0, le=MAX_TOKENS)
+    ignore_eos: bool | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_BIASES)] | None = None
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether the stream ends with usage."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+
+TopLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
+
+
+class PromptDetails(Answer):
+    """Of the tokens of the prompt."""
+
+    cached_tokens: int
+
+
+class Usage(Answer):
+    """Tokens read and written."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptDetails | None = None
+
+    @classmethod
+    def of(cls, prompt: int, completion: int, cached: int | None = None) -> Usage:
+        """Usage of so many tokens, `cached` of the prompt found in the cache."""
+        details = None if cached is None else PromptDetails(cached_tokens=cached)
+        return cls(
+            prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion,
+            prompt_tokens_details=details,
+        )  # fmt: skip
+
+
+class ErrorDetail(Answer):
+    """What is wrong: for people, the kind, the field, and a code for programs."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorAnswer(Answer):
+    """OpenAI's error object."""
+
+    error: ErrorDetail
+
+
+class ModelCard(Answer):
+    """One model."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "skymoe"
+    max_model_len: int
+
+
+class ModelList(Answer):
+    """All models: one."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelCard]

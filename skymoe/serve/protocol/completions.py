@@ -1,0 +1,70 @@
+"""`/v1/completions`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from skymoe.serve.protocol.common import MAX_TOKENS, Answer, Sampling, Text, TokenId, TopLogprobs, Usage
+
+MAX_PROMPTS = 128
+
+TokenPrompt = Annotated[list[TokenId], Field(min_length=1)]
+
+
+class CompletionRequest(Sampling):
+    """A prompt, or several, to continue."""
+
+    prompt: (
+        Text
+        | TokenPrompt
+        | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[TokenPrompt], Field(min_length=1, max_length=MAX_PROMPTS)]
+    )
+    max_tokens: int | None = Field(default=None, ge=0, le=MAX_TOKENS)
+    """default: 16; the context ends it too; 0 scores the prompt, with `echo`"""
+    echo: bool | None = None
+    logprobs: TopLogprobs | None = None
+    best_of: Literal[1] | None = None
+    suffix: Literal[""] | None = None
+    add_special_tokens: bool | None = None
+    """whether the tokenizer puts its begin token before text; default: true"""
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        """The prompts, as a list in every case."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if self.prompt and isinstance(self.prompt[0], int):
+            return [self.prompt]  # type: ignore[list-item]
+        return self.prompt  # type: ignore[return-value]
+
+
+class CompletionLogprobs(Answer):
+    """Log-probabilities, token by token; None for the first token of an echoed prompt."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class CompletionChoice(Answer):
+    """One continuation."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None = None
+    finish_reason: Literal["stop", "length"] | None
+
+
+class CompletionAnswer(Answer):
+    """What was written; with `stream`, a piece of it."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | None = None

@@ -1,0 +1,141 @@
+"""Who may enter: nobody without the key, except to see that the server lives and to load the page.
+
+The rule is default-deny: a route is closed unless it is named in OPEN; a route added later is closed by itself. Keys
+are compared as SHA-256 digests, in a time that tells nothing about them, and a Key cannot be printed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+from collections.abc import Mapping
+from ipaddress import ip_address
+from pathlib import Path
+
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from skymoe.base.errors import ConfigError
+from skymoe.base.inside import read_bounded
+from skymoe.serve.errors import ApiError
+
+OPEN = frozenset({"/", "/health", "/ready"})
+STATIC = "/static/"
+KEY_VARIABLE = "SKYMOE_API_KEY"
+SECURITY_HEADERS = {
+    "content-security-policy": "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+    "referrer-policy": "no-referrer",
+    "cross-origin-resource-policy": "same-origin",
+}
+
+_MIN_KEY = 16
+_MAX_KEY = 1024
+_MAX_KEY_FILE = 4096
+
+
+class Key:
+    """An API key, of which only a digest is kept."""
+
+    def __init__(self, text: str) -> None:
+        self._digest = _digest(text.encode())
+
+    def fits(self, given: bytes) -> bool:
+        """Whether `given` is the key."""
+        return hmac.compare_digest(self._digest, _digest(given))
+
+
+def _digest(text: bytes) -> bytes:
+    return hashlib.sha256(text).digest()
+
+
+def read_key(file: Path | None, environment: Mapping[str, str] = os.environ) -> Key | None:
+    """The key from `file`, else from SKYMOE_API_KEY; None when there is neither.
+
+    Raises:
+        ConfigError: too short or too long, or no printable ASCII. The message does not repeat it.
+    """
+    if file is not None:
+        text, where = read_bounded(file, max_bytes=_MAX_KEY_FILE).decode("utf-8", "replace").split("\n")[0], str(file)
+    else:
+        text, where = environment.get(KEY_VARIABLE, ""), f"environment {KEY_VARIABLE}"
+        if not text:
+            return None
+    text = text.strip()
+    if not _MIN_KEY <= len(text) <= _MAX_KEY or not text.isascii() or not text.isprintable() or " " in text:
+        raise ConfigError(
+            f"an API key has {_MIN_KEY} to {_MAX_KEY} characters of printable ASCII without spaces",
+            where=where,
+            hint='make one: python -c "import secrets; print(secrets.token_urlsafe(32))"',
+        )
+    return Key(text)
+
+
+def check_bind(host: str, *, has_key: bool, insecure: bool) -> None:
+    """Refuse to listen where others can reach the server, unless they need a key. Raises ConfigError."""
+    if has_key or insecure or is_loopback(host):
+        return
+    raise ConfigError(
+        f"{host} can be reached by other machines, and no API key is set",
+        where="--host",
+        hint=f"set {KEY_VARIABLE} or --api-key-file; --insecure-no-auth listens there without",
+    )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches `host`; a name other than localhost could be anything."""
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+class Gate:
+    """ASGI middleware: the key at the door, and headers that keep a browser from mischief on every answer.
+
+    Args:
+        app: what is behind the door.
+        key: who has it may enter; None lets everybody in (loopback).
+    """
+
+    def __init__(self, app: ASGIApp, *, key: Key | None) -> None:
+        self._app = app
+        self._key = key
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+
+        async def send_safely(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(SECURITY_HEADERS)
+            await send(message)
+
+        if self._may_enter(scope):
+            await self._app(scope, receive, send_safely)
+        else:
+            await _unauthorized().response()(scope, receive, send_safely)
+
+    def _may_enter(self, scope: Scope) -> bool:
+        path = scope["path"]
+        return self._key is None or path in OPEN or path.startswith(STATIC) or self._has_key(self._key, scope)
+
+    def _has_key(self, key: Key, scope: Scope) -> bool:
+        given = [value for name, value in scope["headers"] if name == b"authorization"]
+        if len(given) != 1:
+            return False
+        scheme, _, text = given[0].partition(b" ")
+        return bool(key.fits(text.strip()) and scheme.lower() == b"bearer")
+
+
+def _unauthorized() -> ApiError:
+    return ApiError(
+        401,
+        "this server needs its API key: `Authorization: Bearer KEY`",
+        code="invalid_api_key",
+        headers={"www-authenticate": "Bearer"},
+    )
