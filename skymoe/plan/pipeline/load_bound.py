@@ -8,12 +8,14 @@ reached.
 X is at least the mean over ranks, the largest unit, and, as units are not cut, the least time in which the ranks hold
 all units if each took as little as the smallest. `fill`: rank r's first stage has at least r - 1 units' forwards and r
 hops before it (the first stage may be empty), and as many backwards after it, which gradients of weights may fill under
-zbv; the mean over ranks counts where X is the mean.
+zbv; the mean over ranks counts where X is the mean. Where memory forces layers to be run again, X has the least of that
+(memory_bound.py).
 """
 
 from __future__ import annotations
 
 from skymoe.plan.pipeline.loads import stage_ends
+from skymoe.plan.pipeline.memory_bound import memory_bound
 from skymoe.plan.pipeline.problem import Problem
 from skymoe.plan.pipeline.schedule import is_one_f_one_b, ranks_of
 from skymoe.spec.layout import ScheduleKind
@@ -33,12 +35,12 @@ def load_bound(problem: Problem) -> float:
     way = total - (weights if apart else 0.0) + 2 * problem.hop * (ranks - 1)
     before = min(unit.forward for unit in problem.units)
     after = min(unit.backward for unit in problem.units)
-    fill = [max(0, rank - 1) * before + rank * problem.hop for rank in range(ranks)]
-    if problem.schedule is not ScheduleKind.ZERO_BUBBLE:
-        fill += [max(0, rank - 1) * after + rank * problem.hop for rank in range(ranks)]
+    fill = [max(0, rank - 1) * (before + (0.0 if apart else after)) for rank in range(ranks)]
+    fill = [idle + (1 if apart else 2) * rank * problem.hop for rank, idle in enumerate(fill)]
     largest = max(max(times), _in_whole_units(times, ends))
     steady = (num_micro - 1) * total / ranks if is_one_f_one_b(problem) and num_micro > ranks else 0.0
-    return max((num_micro * total + sum(fill)) / ranks, num_micro * largest, way + steady)
+    known = max((num_micro * total + sum(fill)) / ranks, num_micro * largest, way + steady)
+    return max(known, memory_bound(problem, fill))
 
 
 def _in_whole_units(times: list[float], ends: list[float]) -> float:
