@@ -79,18 +79,38 @@ class DecodedReader(WeightsReader):
         row, column = (*(part.start for part in parts), 0)[:2]
         return self._decode(name, stored, first=(row, column))
 
-    def _decode(self, name: str, codes_OI: Tensor, *, first: tuple[int, int] = (0, 0)) -> Tensor:
+    def codes(self, name: str, *parts: range) -> Tensor:
+        """The stored codes of the FP8 weight `name`, or of a part of it as in `slice`; not looked at."""
+        self._check_name(name)
+        assert name in self.scaled
+        return super().slice(name, *parts) if parts else super().tensor(name)
+
+    def scale(self, name: str) -> Tensor:
+        """The scale of the FP8 weight `name`, fp32, as it lies in the file.
+
+        Raises:
+            FormatError: it is damaged.
+        """
+        self._check_name(name)
         pair = self.scaled[name]
         scale = super().tensor(pair.scale).float()
         sound = (scale > 0) & (scale <= MAX_SCALE)  # False for NaN
         if not bool(sound.all()):
             what = f"tensor {pair.scale} holds the scale {float(scale.flatten()[~sound.flatten()][0]):g}"
             raise FormatError(what, where=self.directory, why="scales are finite and above zero", hint=_DAMAGED)
+        return scale
+
+    def damaged_codes(self, name: str) -> FormatError:
+        """What to say where a code of the FP8 weight `name` is NaN."""
+        what = f"tensor {printable(name)} holds a code that is not a number (0x7F or 0xFF)"
+        return FormatError(what, where=self.directory, hint=_DAMAGED)
+
+    def _decode(self, name: str, codes_OI: Tensor, *, first: tuple[int, int] = (0, 0)) -> Tensor:
+        pair, scale = self.scaled[name], self.scale(name)
         try:
             return dequantize(codes_OI, scale, pair.scheme, self._dtype, pair.block_size, first=first)
         except ValueError as error:
-            what = f"tensor {name} holds a code that is not a number (0x7F or 0xFF)"
-            raise FormatError(what, where=self.directory, hint=_DAMAGED) from error
+            raise self.damaged_codes(name) from error
 
     def _check_name(self, name: str) -> None:
         if name not in self._listing.tensors:
