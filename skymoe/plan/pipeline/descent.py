@@ -20,19 +20,20 @@ from skymoe.plan.pipeline.starts import outermost, positions
 WORK = 2 * 10**7
 """Simulated passes (tasks times divisions) that the search may take."""
 DESCENTS = 3
-"""From so many starts, the fastest ones."""
+"""From so many starts, the fastest ones, where nothing else is asked."""
 
 Key = tuple[float, int, float]
 """Makespan, layers run again, unevenness."""
 
 
-def descend(ranks: Ranks, starts: Sequence[Cuts]) -> tuple[Cuts, int] | None:
+def descend(ranks: Ranks, starts: Sequence[Cuts], descents: int = DESCENTS) -> tuple[Cuts, int] | None:
     """The best division that is found, and how many were looked at; None when no start fits."""
     walk = Walk(ranks)
     measured = sorted(walk.measure(starts))
     if not measured:
         return None
-    return min(walk.down(*start) for start in measured[:DESCENTS])[1], walk.examined
+    ends = [walk.down(*start) for start in measured[:descents]]
+    return min([measured[0], *ends])[1], walk.examined
 
 
 class Walk:

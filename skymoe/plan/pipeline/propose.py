@@ -12,7 +12,7 @@ import math
 from dataclasses import replace
 
 from skymoe.base.errors import ConfigError
-from skymoe.plan.pipeline.descent import descend
+from skymoe.plan.pipeline.descent import DESCENTS, descend
 from skymoe.plan.pipeline.evaluate import evaluate
 from skymoe.plan.pipeline.infeasible import rounded_up
 from skymoe.plan.pipeline.load_bound import load_bound
@@ -22,14 +22,14 @@ from skymoe.plan.pipeline.starts import starts
 from skymoe.spec.split import Split
 
 
-def propose(problem: Problem) -> Answer:
-    """The fastest division that the search finds.
+def propose(problem: Problem, descents: int = DESCENTS) -> Answer:
+    """The fastest division that the search finds, with so many descents.
 
     Raises:
         ConfigError: nothing fits.
     """
     ranks = Ranks(problem)
-    found = descend(ranks, starts(problem))
+    found = descend(ranks, starts(problem), descents)
     if found is None:
         raise _nothing_fits(problem)
     cuts, examined = found

@@ -8,18 +8,18 @@ save most.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from itertools import product
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from skymoe.plan.pipeline.leanest import Options, leanest
 from skymoe.plan.pipeline.loads import Load, layers_of, stage_load
 from skymoe.plan.pipeline.problem import SLACK, Problem
 from skymoe.plan.pipeline.schedule import moments_of, ranks_of
 from skymoe.plan.pipeline.stage_sums import Numbers, StageSums, Times
 
-_COMBINATIONS = 256
+_COMBINATIONS = 4096
 
 Cuts = tuple[int, ...]
 """Units before which stages 1 .. S - 1 begin."""
@@ -32,6 +32,7 @@ class Ranks:
         self.problem, self.moments, self.stages = problem, moments_of(problem), ranks_of(problem)
         self._loads: dict[tuple[int, int, int, int], Load] = {}
         self._again: list[dict[tuple[int, ...], tuple[int, ...] | None]] = [{} for _ in self.stages]
+        self._of_stage: dict[tuple[int, int, int], Options] = {}
         self._sums = StageSums(problem)
 
     def load(self, stage: int, first: int, end: int, again: int) -> Load:
@@ -112,11 +113,19 @@ class Ranks:
         if self.peak(rank, intervals, none) <= limit:
             return none
         most = [self.num_layers(interval) if self.problem.recompute else 0 for interval in intervals]
-        options: Iterable[tuple[int, ...]] = product(*(range(count + 1) for count in most))
-        if math.prod(count + 1 for count in most) > _COMBINATIONS:
-            options = self._greedily(rank, intervals, most)
-        good = [counts for counts in options if self.peak(rank, intervals, counts) <= limit]
+        if math.prod(count + 1 for count in most) <= _COMBINATIONS:
+            own = zip(self.stages[rank], intervals, most, strict=True)
+            return leanest(
+                [self._options(stage, *interval, count) for stage, interval, count in own], self.moments[rank], limit
+            )
+        good = [n for n in self._greedily(rank, intervals, most) if self.peak(rank, intervals, n) <= limit]
         return min(good, key=lambda counts: (self._time(rank, intervals, counts), sum(counts), counts), default=None)
+
+    def _options(self, stage: int, first: int, end: int, most: int) -> Options:
+        key = stage, first, end
+        if key not in self._of_stage:
+            self._of_stage[key] = Options.of([self.load(stage, first, end, count) for count in range(most + 1)])
+        return self._of_stage[key]
 
     def _greedily(self, rank: int, intervals: list[tuple[int, int]], most: list[int]) -> list[tuple[int, ...]]:
         """One layer more at a time, in the stage where it saves most; then everything."""

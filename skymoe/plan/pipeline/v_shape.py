@@ -22,18 +22,16 @@ from numpy.typing import NDArray
 from skymoe.plan.pipeline.loads import stage_ends
 from skymoe.plan.pipeline.problem import Problem
 
-DOWN = (0.5, 0.55, 0.6)
-"""Shares of a rank's time on the way down that are tried."""
-WEIGHTS = (0.01, 0.1)
-"""Of equal stages."""
-_REACH = 3
+TRIED = ((0.5, 0.1), (0.55, 0.01), (0.55, 0.1), (0.6, 0.01))
+"""Shares of a rank's time on the way down, with weights of equal stages."""
+_REACH = 2
 """Places by which a stage differs from one that is even at most."""
 
 Floats = NDArray[np.float64]
 
 
 def v_shaped(problem: Problem, places: Sequence[int]) -> Iterator[tuple[int, ...]]:
-    """Cuts that make ranks equal, one for each of the shares and weights above.
+    """Cuts that make ranks equal, one for each of `TRIED`.
 
     Args:
         problem: under zbv, on several ranks.
@@ -43,7 +41,7 @@ def v_shaped(problem: Problem, places: Sequence[int]) -> Iterator[tuple[int, ...
     done = [0.0, *accumulate(unit.forward + unit.backward for unit in units)]
     reached = np.array([done[place] for place in places])
     ends = np.array([sum(e.forward + e.backward for e in stage_ends(problem, s)) for s in range(problem.num_stages)])
-    for down, weight in product(DOWN, WEIGHTS):
+    for down, weight in TRIED:
         sizes = _sizes(problem, reached, ends, down, weight)
         if sizes is not None:
             yield tuple(places[place] for place in list(accumulate(sizes))[:-1])

@@ -72,6 +72,7 @@ def estimate(
     order: Order | None = None,
     priced: Prices | None = None,
     sized: Sizes | None = None,
+    simulated: tuple[float, float] | None = None,
 ) -> Estimate:
     """Estimate a step.
 
@@ -82,6 +83,7 @@ def estimate(
         schedule: of the pipeline; fewer micro-batches than ranks are simulated as they are.
         order: of the passes, where it is another than the schedule's (zero-bubble variants).
         priced, sized: of `work`, where the caller has them already.
+        simulated: seconds and bubble of the pipeline, where the caller has them; then there is no timeline.
 
     Raises:
         ConfigError: stages that are not those of the model or the schedule.
@@ -89,9 +91,12 @@ def estimate(
     _check(work, stages, recompute)
     price_list = prices(work) if priced is None else priced
     times = stage_times(price_list, stages, recompute)
-    if order is None:
-        order = order_for(schedule, work.division.pp, stages.num_ranks, work.num_micro)
-    timeline = run_order(order, times, price_list.hop_s)
+    if simulated is not None:
+        timeline, bubble = Timeline((), simulated[0]), simulated[1]
+    else:
+        order = order or order_for(schedule, work.division.pp, stages.num_ranks, work.num_micro)
+        timeline = run_order(order, times, price_list.hop_s)
+        bubble = timeline.bubble
     end = step_end(work, stages, pipeline_s=timeline.span_s, schedule=schedule)
     step_s = timeline.span_s + end.total_s
     rate = work.step_tokens / step_s / work.division.world_size
@@ -107,7 +112,7 @@ def estimate(
         mfu_causal=3 * causal.total * rate / peak,
         mfu_full=3 * full.total * rate / peak,
         hfu=(3 * causal.total + again) * rate / peak,
-        bubble_fraction=timeline.bubble,
+        bubble_fraction=bubble,
         memory=rank_memory(work, size_list, stages, recompute, schedule=schedule),
         stage_forward_s=times.forward_s,
         stage_backward_s=times.backward_s,

@@ -23,11 +23,11 @@ def recompute_counts(priced: Priced, answer: Answer) -> tuple[int, ...]:
     return tuple(len({unit // 2 for unit in part}) for part in answer.stages)
 
 
-def estimate_of(priced: Priced, answer: Answer) -> Estimate:
-    """A step of this division."""
+def estimate_of(priced: Priced, answer: Answer, *, drawn: bool = True) -> Estimate:
+    """A step of this division; with a timeline where it is `drawn`, which takes longer."""
     return estimate(
         priced.work, answer.stages, answer.recompute, schedule=priced.candidate.schedule, priced=priced.prices,
-        sized=priced.sizes,
+        sized=priced.sizes, simulated=None if drawn else (answer.makespan, answer.bubble),
     )  # fmt: skip
 
 

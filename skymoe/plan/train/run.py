@@ -20,7 +20,7 @@ from skymoe.plan.train.lost import limits_of, why_slower
 from skymoe.plan.train.pareto import pareto
 from skymoe.plan.train.priced import Priced
 from skymoe.plan.train.result import Rejected, Row, TrainPlan
-from skymoe.plan.train.search import GB, Found, Searched, layout_key, search
+from skymoe.plan.train.search import GB, Found, Searched, layout_key, order, search
 from skymoe.plan.train.space import candidates
 from skymoe.plan.work import Recompute
 
@@ -50,13 +50,13 @@ def run(config: PlanTrainConfig) -> TrainPlan:
     if searched is None or not searched.found:
         raise nothing_fits(asked)
     others = other_dispatch(asked, searched.found[0])
-    found = sorted([*searched.found, *others], key=_order)
+    found = sorted([*searched.found, *others], key=order)
     return _report(asked, searched, found, others)
 
 
-def timed(priced: Priced, answer: Answer) -> Timed:
+def timed(priced: Priced, answer: Answer, *, drawn: bool = True) -> Timed:
     """With a simulated step and where its time goes."""
-    result = estimate_of(priced, answer)
+    result = estimate_of(priced, answer, drawn=drawn)
     return Timed(priced, answer, result, causes_of(priced, answer, result))
 
 
@@ -106,14 +106,15 @@ def _with_emit(asked: Asked, report: TrainPlan, best: Found) -> TrainPlan:
     level = best.priced.work.recompute
     words = emit(
         layout_of(report), asked.shape, recompute=Recompute.NONE if level is Recompute.FULL else level,
-        micro_batch=best.candidate.micro_batch, num_micro=best.candidate.num_micro, expected=expected_of(report),
+        micro_batch=best.candidate.micro_batch, num_micro=best.candidate.num_micro, precision=asked.precision,
+        expected=expected_of(report),
     )  # fmt: skip
     return report.with_emit(words)
 
 
 def row(found: Found, best: Timed) -> Row:
     """One line of a table of layouts."""
-    own = timed(found.priced, found.answer)
+    own = timed(found.priced, found.answer, drawn=False)
     slower = own.result.step_s / best.result.step_s - 1
     reason = "the best" if abs(slower) < 1e-9 else f"{slower:+.1%}: {why_slower(own.causes, best.causes)}"
     return Row(
@@ -138,7 +139,3 @@ def _rejected(searched: Searched) -> tuple[Rejected, ...]:
     return tuple(
         Rejected(layout=layout_facts(one.priced), why=one.why, reason=one.reason) for one in nearest[:MOST_REJECTED]
     )
-
-
-def _order(found: Found) -> tuple[object, ...]:
-    return found.step_s, found.candidate

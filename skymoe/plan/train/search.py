@@ -1,19 +1,21 @@
 """The search over layouts: bound, divide exactly, rank.
 
 Candidates are taken in the order of what they would do with equal stages. One that cannot matter is not divided
-(`Ranking`); all others get the solver's division of their layers, and its simulated time. So the best layout is the
-best of all under 1F1B, whose bounds and divisions are exact; of the other schedules, of those that would be the best
-with equal stages. The runners-up are the best of each other division of the GPUs under 1F1B, or better where it was
-looked at.
+(`Ranking`); all others get the solver's division of their layers, and its simulated time: exactly under 1F1B, the best
+of the proposed ones under the other schedules, and those that come into the list are then improved (`_improved`). So
+the best layout is the best of all under 1F1B, whose bounds and divisions are exact; of the other schedules, of those
+that would be among the best few with equal stages.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
 
 from skymoe.base.errors import ConfigError
 from skymoe.plan.cost.model import step_end
+from skymoe.plan.pipeline.descent import DESCENTS
 from skymoe.plan.pipeline.evaluate import uniform_peak
 from skymoe.plan.pipeline.infeasible import smallest_memory
 from skymoe.plan.pipeline.problem import Answer
@@ -25,6 +27,12 @@ from skymoe.plan.train.space import Candidate, candidates
 from skymoe.spec.layout import ScheduleKind
 
 GB = 1e9
+_LONG = 3
+"""So many of the best divisions of the GPUs get the long search for a division of the layers."""
+_NEAR = 1.03
+"""Of one division of the GPUs, schedules and micro-batches that are within this of the best are searched for longer."""
+_OTHERS = 4
+"""Other schedules than 1F1B are divided where they could be among so many with equal stages."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,14 +99,34 @@ def search(asked: Asked) -> Searched:
         if (reason := ranking.against(one)) is not None:
             refused.append(reason)
             continue
-        result = divide(one)
+        result = divide(one, descents=0)
         if isinstance(result, Refused):
             refused.append(result)
             continue
         found.append(result)
         ranking.add(result)
-    found.sort(key=lambda one: (one.step_s, one.candidate))
-    return Searched(found=tuple(found), refused=tuple(refused), legal=len(legal))
+    return Searched(found=tuple(_improved(found, asked.config.top + 1)), refused=tuple(refused), legal=len(legal))
+
+
+def _improved(found: Sequence[Found], top: int) -> list[Found]:
+    """Sorted. Of what is listed, divisions that were proposed only are improved, the best layouts' longest."""
+    best: dict[tuple[object, ...], float] = {}
+    for one in sorted(found, key=order):
+        best.setdefault(layout_key(one.candidate), one.step_s)
+    places = {key: place for place, key in enumerate(list(best)[:top])}
+    better = []
+    for one in found:
+        key = layout_key(one.candidate)
+        result: Found | Refused = one
+        if not is_one_f_one_b(one.priced.problem) and key in places and one.step_s < _NEAR * best[key]:
+            result = divide(one.priced, descents=DESCENTS if places[key] < _LONG else 1)
+        better.append(result if isinstance(result, Found) else one)
+    return sorted(better, key=order)
+
+
+def order(found: Found) -> tuple[object, ...]:
+    """The fastest first; the same on every machine."""
+    return found.step_s, found.candidate
 
 
 class Ranking:
@@ -117,19 +145,23 @@ class Ranking:
         """Why nobody asks for `priced`; None when it may matter.
 
         1F1B must, by its bound, be able to come into the list of the best `top`, and to be better than the same ranks
-        already do. Other schedules take the solver longer and are of interest only where they could be the best of
-        all, which is judged by what they do with equal stages.
+        already do. Other schedules take the solver longer and are of interest only where they could be among the best
+        few, which is judged by what they do with equal stages.
         """
+        own = self._best_s.get(layout_key(priced.candidate), inf)
         if priced.candidate.schedule is not ScheduleKind.ONE_F_ONE_B:
-            if priced.likely_s < min(self._best_s.values(), default=inf):
+            if priced.likely_s < min(own, self._place(min(_OTHERS, self._top))):
                 return None
             reason = f"{priced.likely_s:.3g} s a step with equal stages: {_lost(priced)}"
             return Refused(priced=priced, why="estimate", reason=reason, best_s=priced.likely_s)
-        listed = sorted(self._best_s.values())[self._top - 1] if len(self._best_s) >= self._top else inf
-        if priced.bound_s < min(listed, self._best_s.get(layout_key(priced.candidate), inf)):
+        if priced.bound_s < min(own, self._place(self._top)):
             return None
         reason = f"at least {priced.bound_s:.3g} s a step, however the layers are divided: {_lost(priced)}"
         return Refused(priced=priced, why="bound", reason=reason, best_s=priced.bound_s)
+
+    def _place(self, place: int) -> float:
+        """The best step but for `place - 1` better ones."""
+        return sorted(self._best_s.values())[place - 1] if len(self._best_s) >= place else inf
 
 
 def _lost(priced: Priced) -> str:
@@ -149,8 +181,8 @@ def layout_key(candidate: Candidate) -> tuple[object, ...]:
     return candidate.pp, candidate.dp, candidate.tp, candidate.expert
 
 
-def divide(priced: Priced) -> Found | Refused:
-    """The best division of one candidate, or why there is none."""
+def divide(priced: Priced, *, descents: int = DESCENTS) -> Found | Refused:
+    """The best division of one candidate, or why there is none; `descents` as for `solve`."""
     memory = priced.problem.memory
     assert memory is not None, "a GPU has a memory"
     if priced.static_share > memory:
@@ -162,7 +194,7 @@ def divide(priced: Priced) -> Found | Refused:
         if least > memory:
             return _too_large(priced, least, f"the leanest split, {_again(priced)},")
     try:
-        answer = solve(priced.problem)
+        answer = solve(priced.problem, descents)
     except ConfigError:
         return _too_large(priced, plain, f"the uniform split, {_again(priced)},")
     return found_of(priced, answer)
