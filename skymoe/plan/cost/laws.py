@@ -81,10 +81,33 @@ class Kernels:
             gradient=gradient,
         )
 
+    @classmethod
+    def of_engine(cls, gpu: Gpu, precision: Precision, *, gemm: float = 1.0, memory: float = 1.0) -> Kernels:
+        """Of an inference engine on `gpu`, with factors on both laws. Launches are in what it costs per layer and step,
+        and what training in 4 bits turns and rounds is not there.
+        """
+        return cls(
+            rate=gemm * gpu.reached(precision),
+            stream=memory * gpu.laws.memory * gpu.bandwidth,
+            launch_s=0.0,
+            attention=gpu.laws.attention * gpu.flops(Precision.BF16),
+            operand=precision.weight_bytes,
+            element=Precision.BF16.weight_bytes,
+            gradient=0.0,
+        )
+
     def gemm(self, m: float, k: float, n: float, *, out: float | None = None) -> float:
         """(M, K) x (K, N); `out` bytes moved per number of the result."""
         moved = self.operand * (m * k + k * n) + (self.element if out is None else out) * m * n
-        return self.launch_s + math.hypot(2.0 * m * k * n / self.rate, moved / self.stream)
+        return self.product(2.0 * m * k * n, moved)
+
+    def product(self, flops: float, moved: float) -> float:
+        """Matrix products of `flops` in one kernel, which move `moved` bytes."""
+        return self.launch_s + math.hypot(flops / self.rate, moved / self.stream)
+
+    def attend(self, flops: float, moved: float) -> float:
+        """Fused attention of `flops`, which moves `moved` bytes."""
+        return self.launch_s + math.hypot(flops / self.attention, moved / self.stream)
 
     def memory(self, moved: float, kernels: int = 1) -> float:
         """A stream of `moved` bytes, read and written together."""

@@ -1,8 +1,8 @@
-"""Time of one step of an inference engine: a roofline with a few overheads (research/planner.md 3.6).
+"""Time of one step of an inference engine: the laws of the price list (plan/cost/laws.py) with a few overheads.
 
 A step runs `decode` sequences one token on, and prompt tokens beside them. Per layer, on the slowest GPU each time:
 
-    projections       GEMM law over all tokens of the step: hypot(FLOPs / reached, bytes / (beta bandwidth))
+    projections       GEMM law over all tokens of the step, with the bytes of the weights
     attention         keys and values of every decoding sequence at the memory law's rate; FLOPs of prompts
     feed-forward      GEMM law; of E experts, B tokens with k choices touch E (1 - (1 - k/E)^B)
     two all-reduces   alpha + 2 (t-1)/t bytes / bus
@@ -18,6 +18,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from skymoe.plan.cost.laws import Kernels
 from skymoe.plan.hardware.gpu import Gpu, Link, Precision
 from skymoe.plan.serve.engine import Engine
 from skymoe.plan.serve.model import Served
@@ -113,13 +114,12 @@ def total_s(setting: Setting, load: Load) -> float:
 
 
 def _gemm(setting: Setting, gpu: Gpu, flops: float, num_bytes: float) -> float:
-    """The GEMM law, launch aside (`layer_us`): both sides in quadrature."""
-    engine, kernels = setting.engine, setting.engine.kernels(gpu.name)
-    reached = gpu.reached(setting.compute) * engine.gemm * kernels.gemm
-    stream = gpu.bandwidth * gpu.laws.memory * engine.memory * kernels.memory
+    """The GEMM law as the engine reaches it, launch aside (`layer_us`)."""
+    engine, own = setting.engine, setting.engine.kernels(gpu.name)
+    gemm, memory = engine.gemm * own.gemm, engine.memory * own.memory
     if engine.weight_only and setting.served.weight_bytes < 2:
-        reached, stream = reached * engine.narrow_gemm, stream * engine.narrow_memory
-    return math.hypot(flops / reached, num_bytes / stream)
+        gemm, memory = gemm * engine.narrow_gemm, memory * engine.narrow_memory
+    return Kernels.of_engine(gpu, setting.compute, gemm=gemm, memory=memory).product(flops, num_bytes)
 
 
 def _attention(setting: Setting, layer: LayerShape, load: Load) -> tuple[float, float]:
@@ -134,13 +134,13 @@ def _attention(setting: Setting, layer: LayerShape, load: Load) -> tuple[float, 
         elements += served.common_elements
         projections = max(projections, _gemm(setting, gpu, 2 * load.tokens * elements, elements * served.weight_bytes))
         token = shares.kv_heads[g] * served.kv_head_bytes + served.common_kv_bytes
-        stream = gpu.bandwidth * gpu.laws.memory * engine.kv_memory * engine.kernels(gpu.name).memory
-        read = load.decode * context * token / stream
         width = a.kv_rank * 2 if a.kv_rank else a.head_dim + a.value_dim
-        core = gpu.flops(Precision.BF16) * gpu.laws.attention
-        decode = 2 * load.decode * context * shares.heads[g] * width / core  # matters for latent attention only
-        prompt = 2 * load.prefill * pairs * shares.heads[g] * (a.head_dim + a.value_dim) / core
-        scores = max(scores, math.hypot(read, decode) + prompt)
+        flops = 2 * load.decode * context * shares.heads[g] * width  # matters for latent attention only
+        memory = engine.kv_memory * engine.kernels(gpu.name).memory
+        kernels = Kernels.of_engine(gpu, Precision.BF16, memory=memory)
+        prompt = 2 * load.prefill * pairs * shares.heads[g] * (a.head_dim + a.value_dim)
+        decode = kernels.attend(flops, load.decode * context * token)
+        scores = max(scores, decode + kernels.attend(prompt, 0.0))
     return projections, scores
 
 
@@ -188,7 +188,7 @@ def _expert_load(ffn: FfnShape, shares: Shares, gpu: int, tokens: float) -> tupl
 def _passes(setting: Setting, load: Load) -> float:
     """Seconds of norms and residuals; every GPU does them all."""
     num_bytes = _PASSES * 2 * load.tokens * setting.served.shape.hidden_size
-    return max(num_bytes / (gpu.bandwidth * gpu.laws.memory) for gpu in setting.gpus)
+    return max(Kernels.of_engine(gpu, setting.compute).memory(num_bytes, 0) for gpu in setting.gpus)
 
 
 def _reduce(setting: Setting, load: Load) -> float:
@@ -206,9 +206,9 @@ def _head(setting: Setting, load: Load) -> float:
     tokens, slowest = load.decode + load.done, 0.0
     for g, gpu in enumerate(setting.gpus):
         elements = served.shape.hidden_size * shares.rows[g]
-        reached = gpu.reached(Precision.BF16) * setting.engine.gemm
         read = elements * served.head_bytes + 4 * tokens * shares.rows[g]
-        slowest = max(slowest, math.hypot(2 * tokens * elements / reached, read / (gpu.bandwidth * gpu.laws.memory)))
+        kernels = Kernels.of_engine(gpu, Precision.BF16, gemm=setting.engine.gemm)
+        slowest = max(slowest, kernels.product(2 * tokens * elements, read))
     if ranks == 1:
         return slowest
     logits = 2.0 * tokens * served.shape.vocab_size * (ranks - 1) / ranks
