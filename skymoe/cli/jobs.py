@@ -121,8 +121,8 @@ def generate(
         seed=seed, ignore_eos=ignore_eos, dtype=dtype, device=device,
     )  # fmt: skip
     config = check_config(GenerateConfig, options)
+    from skymoe.data.text_stream import for_terminal
     from skymoe.generate.run import run
-    from skymoe.generate.stream import for_terminal
 
     if as_json:
         print_json(run(config))

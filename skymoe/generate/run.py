@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
+from skymoe.data.text_stream import TextStream
 from skymoe.data.tokenizer import TextTokenizer, load_tokenizer
 from skymoe.generate.config import GenerateConfig
 from skymoe.generate.decode import iter_tokens, token_budget
-from skymoe.generate.stream import TextStream
 from skymoe.model.load import load
 from skymoe.model.transformer import Transformer
 from skymoe.ops.device import usable_device

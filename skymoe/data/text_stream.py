@@ -4,6 +4,9 @@ A character may be spread over several tokens, a token may end inside one, some 
 word away, and those with a byte fallback turn a whole run of bytes into replacement characters while its last character
 is incomplete. So a window of tokens is decoded again with every new one, and replacement characters at its end are held
 back until they turn into something else, or until it is clear that they never will.
+
+The window is short whatever the tokens are: a prompt or an answer of broken characters only, which a client can ask
+for, costs no more per token than a text.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _MAX_OPEN = 3  # bytes, so tokens, of a character that is not complete yet
 _WINDOW = 48
 _CONTEXT = 8
+_LONGEST_WINDOW = 4 * _WINDOW  # where no cut leaves the text as it is; no tokenizer that we know of comes here
 
 
 class TextStream:
@@ -26,10 +30,11 @@ class TextStream:
 
     def __init__(self, decode: Callable[[Sequence[int]], str], prompt_ids: Sequence[int] = ()) -> None:
         self._decode = decode
-        self._window = list(prompt_ids)
-        self._shown = 0
-        self._held = 0  # tokens in a row that ended with a replacement character
-        self._shorten()
+        self._window = list(prompt_ids[-_LONGEST_WINDOW:])
+        self._held = 0  # tokens in a row whose text ended with a replacement character
+        text = decode(self._window)
+        self._shown = len(text)  # characters of the window's text that have left
+        self._shorten(text)
 
     def push(self, token: int) -> str:
         """The text that `token` completes; often a word, sometimes nothing."""
@@ -38,8 +43,8 @@ class TextStream:
         num_open = len(text) - len(text.rstrip(_REPLACEMENT))
         self._held = self._held + 1 if num_open else 0
         piece = self._take(text, len(text) - (min(num_open, _MAX_OPEN) if self._held > _MAX_OPEN else num_open))
-        if len(self._window) > _WINDOW and not num_open:
-            self._shorten()
+        if len(self._window) > _WINDOW and (not num_open or self._held > _MAX_OPEN):
+            self._shorten(text)
         return piece
 
     def finish(self) -> str:
@@ -52,13 +57,18 @@ class TextStream:
         self._shown = max(self._shown, end)
         return piece
 
-    def _shorten(self) -> None:
-        """Keep the last few tokens, cut where a character begins; all of them where no such cut is near."""
+    def _shorten(self, text: str) -> None:
+        """Keep the last few tokens, cut where what they decode to is the end of `text`, so at a whole character."""
+        num_open = len(text) - self._shown
         for size in range(_CONTEXT, 2 * _CONTEXT):
-            if _REPLACEMENT not in self._decode(self._window[-size:]):
-                self._window = self._window[-size:]
+            tail = self._decode(self._window[-size:])
+            if text.endswith(tail) and len(tail) >= num_open:
                 break
-        self._shown = len(self._decode(self._window))
+        else:
+            if len(self._window) < _LONGEST_WINDOW:
+                return
+        self._window = self._window[-size:]
+        self._shown = max(len(tail) - num_open, 0)
 
 
 def for_terminal(text: str) -> str:

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from skymoe.generate.stream import TextStream, for_terminal
+from skymoe.data.text_stream import TextStream, for_terminal
 
 tokenizers = pytest.importorskip("tokenizers")
 
@@ -88,6 +89,35 @@ def test_byte_fallback_tokens_stream_too(text: str) -> None:
     assert "".join(stream(word_start(), whole[1:], whole[:1])) == word_start().decode(whole)[
         len(word_start().decode(whole[:1])) :
     ]  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 260), min_size=40, max_size=250), st.integers(0, 200))
+def test_any_bytes_stream_after_any_prompt(ids: list[int], cut: int) -> None:
+    """Byte-level decoding is exact wherever the window is cut: all that comes after whole characters of the prompt."""
+    ids = byte_level().encode("Prompt. ").ids + ids
+    prompt, rest = ids[: 8 + cut], ids[8 + cut :]
+    while prompt and byte_level().decode(prompt).endswith("\N{REPLACEMENT CHARACTER}"):
+        rest, prompt = [prompt[-1], *rest], prompt[:-1]
+    expected = byte_level().decode(prompt + rest)[len(byte_level().decode(prompt)) :]
+    assert "".join(stream(byte_level(), rest, prompt)) == expected
+
+
+@pytest.mark.parametrize("tokenizer", [byte_level, word_start])
+def test_the_window_stays_short_whatever_the_tokens_are(tokenizer: Callable[[], tokenizers.Tokenizer]) -> None:
+    """A client can ask for broken characters without end; each token must cost the same."""
+    library = tokenizer()
+    bad = library.encode("é").ids[-1]
+    sizes: list[int] = []
+
+    def decode(ids: Sequence[int]) -> str:
+        sizes.append(len(ids))
+        return str(library.decode(list(ids)))
+
+    decoder = TextStream(decode, [bad] * 5000)
+    pieces = [decoder.push(bad) for _ in range(1000)]
+    assert max(sizes) <= 200 and sum(sizes) / len(pieces) < 120
+    assert "".join([*pieces, decoder.finish()]) == "\N{REPLACEMENT CHARACTER}" * 1000
 
 
 def test_control_characters_are_made_visible() -> None:
