@@ -37,7 +37,11 @@ class Chunk:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """The chunks of one step, in the order of their rows."""
+    """The chunks of one step, in the order of their rows.
+
+    Several chunks may be of one sequence, one after another, and a chunk may read pages that an earlier chunk of the
+    same step writes: in each layer, keys and values of all rows are written before any row attends.
+    """
 
     chunks: tuple[Chunk, ...]
 
