@@ -33,6 +33,7 @@ def serve(
     price: Annotated[float | None, typer.Option(help="Money per GPU hour.")] = None,
     compare: Annotated[str | None, typer.Option(help="Another model on the same GPUs: llama-3-70b.")] = None,
     save: Annotated[Path | None, typer.Option(help="Write the plan file for `skymoe serve --plan`.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the report as one offline page.")] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -50,14 +51,11 @@ def serve(
     options = given(
         model=model, gpus=gpus, weights=weights, kv=kv, context=context, batch=batches, prompt=prompt, output=output,
         split=split or None, reserve=reserve, rotate=rotate, experts=experts, objective=objective, engine=engine,
-        price=price, compare=compare, save=save,
+        price=price, compare=compare, save=save, html=html,
     )  # fmt: skip
     config = check_config(PlanServeConfig, options)
-    from skymoe.base.files import refuse_no_file
     from skymoe.plan.serve.run import run
     from skymoe.plan.serve.table import show
 
-    if config.save is not None:
-        refuse_no_file(config.save)
     report = run(config)
     print_json(report) if as_json else show(report, standard_output())

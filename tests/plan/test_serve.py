@@ -223,13 +223,6 @@ def test_a_request_longer_than_the_context_is_refused_before_its_chunks_are_coun
     assert plan(prompt=5000, output=100, batch=(1,)).context == 5100
 
 
-def test_the_output_is_looked_at_first(tmp_path, monkeypatch):
-    monkeypatch.setattr("skymoe.plan.serve.run.run", lambda _: pytest.fail("the work must not begin"))
-    one = ["serve", "--model", "skywork-moe", "--gpus", "8xrtx4090", "--save", str(tmp_path / "nowhere" / "plan.json")]
-    refused = CliRunner().invoke(app, one).exception
-    assert isinstance(refused, ConfigError) and "there is no directory" in str(refused)
-
-
 def test_a_refusal_tells_kinds_of_gpu_apart():
     with pytest.raises(SkymoeError) as caught:
         plan(gpus="4xrtx4090,2xrtx3090")

@@ -60,3 +60,5 @@ class PlanServeConfig(Config):
     """another model on the same GPUs, such as the dense `llama-3-70b`"""
     save: Path | None = None
     """write the plan file that `skymoe serve --plan` reads"""
+    html: Path | None = None
+    """write the report as one page that needs no network"""

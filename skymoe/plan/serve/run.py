@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 from skymoe.base.errors import SkymoeError
+from skymoe.base.files import refuse_no_file, write_atomic
 from skymoe.plan.serve.asked import Asked, check_length, read_asked
 from skymoe.plan.serve.config import Objective, PlanServeConfig
 from skymoe.plan.serve.divide import whole_model
 from skymoe.plan.serve.fit import Fitted, counted, fit, refuse
 from skymoe.plan.serve.layers import balanced, stage_layers
 from skymoe.plan.serve.model import active_elements
+from skymoe.plan.serve.page import plan_page
 from skymoe.plan.serve.planned import serving_plan, splits
 from skymoe.plan.serve.report import SCHEMA, Cost, GpuMemory, PipelineChoice, Rival, ServeReport
 from skymoe.plan.serve.step import Setting, settings
@@ -26,8 +28,12 @@ def run(config: PlanServeConfig) -> ServeReport:
 
     Raises:
         ConfigError: unknown GPU or preset, a split or length that cannot be, nothing fits; the hint says what would do.
+            Before any of that: a file that cannot be written.
         FormatError: no readable model directory.
     """
+    for output in (config.save, config.html):
+        if output is not None:
+            refuse_no_file(output)
     asked = read_asked(config)
     check_length(asked)
     fitted = _fitted(asked)
@@ -49,9 +55,13 @@ def run(config: PlanServeConfig) -> ServeReport:
         pipeline=_pipeline(asked), cost=_cost(config, asked, top.mixed_tokens_per_s) if top else None,
         rival=None, plan=plan, notes=_notes(asked, fitted),
     )  # fmt: skip
+    if config.compare is not None:
+        report = replace(report, rival=_rival(asked, report))
     if config.save is not None:
         write_serving_plan(plan, config.save)
-    return report if config.compare is None else replace(report, rival=_rival(asked, report))
+    if config.html is not None:
+        write_atomic(config.html, plan_page(report).encode())
+    return report
 
 
 def _fitted(asked: Asked) -> Fitted:
@@ -137,7 +147,7 @@ def _rival(asked: Asked, report: ServeReport) -> Rival:
     """Another model on the same GPUs, in the same formats, for the same workload."""
     config = asked.config
     assert config.compare is not None
-    other = config.replace(model=config.compare, compare=None, save=None, context=None, split=())
+    other = config.replace(model=config.compare, compare=None, save=None, html=None, context=None, split=())
     served = read_asked(other).served
     active, own = active_elements(served), active_elements(asked.served)
     rival = Rival(model=served.shape.name, active_parameters=active, active_ratio=active / own)
