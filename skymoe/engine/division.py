@@ -279,7 +279,9 @@ def _planned(spec: ModelSpec, config: EngineConfig) -> ServingPlan:
 
 
 def _differing(planned: Mapping[str, int], actual: Mapping[str, int]) -> str:
-    return ", ".join(f"{name} {planned[name]}, here {actual[name]}" for name in planned if planned[name] != actual[name])
+    return ", ".join(
+        f"{name} {planned[name]}, here {actual[name]}" for name in planned if planned[name] != actual[name]
+    )
 
 
 def _joined(sizes: Sequence[int]) -> str:

@@ -1,7 +1,7 @@
 """The ranks of an engine: rank 0 in this process, the others started from here (interface; the inside follows).
 
-    with open_group(config) as ranks:
-        logits_RV = ranks.run(step)
+with open_group(config) as ranks:
+    logits_RV = ranks.run(step)
 """
 
 from __future__ import annotations

@@ -1,0 +1,80 @@
+"""Parts of a model's parameters, out of its directory: rows and columns of matrices, FP8 as codes and scales."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from skymoe.engine.weights import Fp8, Plain
+from skymoe.ops.fp8_matmul import checked_codes
+from skymoe.spec.quantization import Fp8Scheme
+from skymoe.weights.decoded import DecodedReader
+from skymoe.weights.match import Match
+
+
+class ModelFiles:
+    """Parts of a model's parameters, wherever and however they lie in the files.
+
+    Args:
+        reader: of the directory.
+        match: its tensors, held against the spec.
+        dtype, device: of what is read and is not FP8.
+    """
+
+    def __init__(self, reader: DecodedReader, match: Match, dtype: torch.dtype, device: torch.device) -> None:
+        self.reader, self.dtype, self.device = reader, dtype, device
+        self._names = {
+            (place.parameter, place.expert, place.rows[0] if place.rows else 0): (name, place.shape)
+            for name, place in match.table.items()
+        }
+
+    def tensor(self, parameter: str, *parts: range, dtype: torch.dtype | None = None) -> Tensor:
+        """A part of a parameter, decoded."""
+        name, _ = self._names[parameter, None, 0]
+        return self.reader.slice(name, *parts).to(self.device, dtype or self.dtype)
+
+    def optional(self, parameter: str, *parts: range) -> Tensor | None:
+        """The same; None where the model has no such parameter."""
+        return self.tensor(parameter, *parts) if (parameter, None, 0) in self._names else None
+
+    def matrix(
+        self, parameter: str, rows: range | None, columns: range | None = None, *, expert: int | None = None,
+        start: int = 0,
+    ) -> Plain | Fp8:  # fmt: skip
+        """Rows and columns (None: all) of a matrix; an expert's rows count from `start` of its stacked parameter."""
+        at = (parameter, expert, start)
+        if at not in self._names:  # the experts of a layer in one tensor
+            name, (_, _, width) = self._names[parameter, None, 0]
+            assert expert is not None and rows is not None
+            shifted = range(start + rows.start, start + rows.stop)
+            parts = (range(expert, expert + 1), shifted, columns or range(width))
+            return Plain(self.reader.slice(name, *parts)[0].to(self.device, self.dtype))
+        name, (height, width) = self._names[at]
+        rows = range(height) if rows is None else rows
+        parts = (rows,) if columns is None or columns == range(width) else (rows, columns)
+        if name in self.reader.scaled:
+            return self._fp8(name, rows, columns or range(width), parts)
+        return Plain(self.reader.slice(name, *parts).to(self.device, self.dtype))
+
+    def _fp8(self, name: str, rows: range, columns: range, parts: Sequence[range]) -> Fp8:
+        pair, scale = self.reader.scaled[name], self.reader.scale(name)
+        codes = self.reader.codes(name, *parts)
+        try:
+            codes = checked_codes(codes) if codes.numel() else codes
+        except ValueError as error:
+            raise self.reader.damaged_codes(name) from error
+        first = (0, 0)
+        match pair.scheme:
+            case Fp8Scheme.BLOCK:
+                high, wide = pair.block_size
+                first = (rows.start % high, columns.start % wide)
+                scale = scale[
+                    rows.start // high : -(-rows.stop // high), columns.start // wide : -(-columns.stop // wide)
+                ]
+            case Fp8Scheme.CHANNEL:
+                scale = scale.reshape(-1, 1)[rows.start : rows.stop]
+            case Fp8Scheme.TENSOR:
+                scale = scale.reshape(())
+        return Fp8(codes.to(self.device), scale.clone().to(self.device), pair.scheme, pair.block_size, first)
