@@ -80,3 +80,44 @@ def _fallback(content: dict[str, Any]) -> bool:
 
 def _fallback_length(token: str) -> int:
     return 1 if _BYTE_TOKEN.fullmatch(token) else len(token.replace("\u2581", " ").encode())
+
+
+def token_bytes(content: dict[str, Any], where: Path | str) -> dict[int, bytes]:
+    """The bytes each token id stands for; added tokens, special or not, as their text.
+
+    Args:
+        content: of a tokenizer.json.
+        where: named in errors.
+
+    Raises:
+        FormatError: a vocabulary whose bytes are not known.
+    """
+    vocab, added = _vocabulary(content, Path(where))
+    if _uses(content, "ByteLevel"):
+        alphabet = _byte_alphabet()
+        found = {number: _byte_level(token, alphabet) for token, number in vocab.items()}
+    elif _fallback(content):
+        found = {number: _fallback_bytes(token) for token, number in vocab.items()}
+    else:
+        raise FormatError("the bytes of this vocabulary are not known", where=where, why="it is not byte-level")
+    return found | {number: text.encode("utf-8", "replace") for number, (text, _) in added.items()}
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's printable character of each byte: itself where it has one, else the next from U+0100 on."""
+    plain = {*range(ord("!"), ord("~") + 1), *range(ord("\u00a1"), ord("\u00ac") + 1), *range(ord("\u00ae"), 256)}
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def _byte_level(token: str, alphabet: dict[str, int]) -> bytes:
+    """As the library decodes: a token with a character outside the alphabet stands for its own text."""
+    if all(character in alphabet for character in token):
+        return bytes(alphabet[character] for character in token)
+    return token.encode("utf-8", "replace")
+
+
+def _fallback_bytes(token: str) -> bytes:
+    if _BYTE_TOKEN.fullmatch(token):
+        return bytes([int(token[3:5], 16)])
+    return token.replace("\u2581", " ").encode("utf-8", "replace")

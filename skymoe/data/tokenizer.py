@@ -14,7 +14,7 @@ import base64
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,7 +26,8 @@ import numpy.typing as npt
 
 from skymoe.base.errors import ConfigError, FormatError, MissingExtraError, printable
 from skymoe.base.inside import inside, read_inside
-from skymoe.base.strict_json import read_json_object
+from skymoe.base.strict_json import parse_json, read_json_object
+from skymoe.data.token_bytes import token_bytes
 
 END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
 
@@ -59,6 +60,21 @@ class TextTokenizer:
     def vocab_size(self) -> int:
         """One more than the largest id."""
         return 1 + max(int(number) for number in self.backend.get_vocab(with_added_tokens=True).values())
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Tokens that are no text: `decode` leaves them out, `encode` never takes text for them."""
+        added = self.backend.get_added_tokens_decoder()
+        return frozenset(int(number) for number, token in added.items() if token.special)
+
+    @cached_property
+    def bytes_by_id(self) -> Mapping[int, bytes]:
+        """The bytes each token stands for, special tokens as their text; empty where the vocabulary does not tell."""
+        where = self.source or "tokenizer.json"
+        try:
+            return token_bytes(parse_json(self.json, where=where), where)
+        except FormatError:  # a kind of vocabulary that cannot be taken apart; its tokens can still be decoded
+            return {}
 
     @property
     def sha256(self) -> str:
