@@ -275,13 +275,14 @@ def _planned(spec: ModelSpec, config: EngineConfig) -> ServingPlan:
             f"the plan is for another model: {told}", where=config.plan, hint="skymoe plan serve for this model"
         )
     _check_groups(plan)
-    return plan if config.rotate else plan.model_copy(update={"rotate": ()})
+    most = context_limit(spec)
+    context = min(plan.context, most) if config.max_model_len is None else context_limit(spec, config.max_model_len)
+    return plan.model_copy(update={"context": context, **({} if config.rotate else {"rotate": ()})})
 
 
 def _differing(planned: Mapping[str, int], actual: Mapping[str, int]) -> str:
-    return ", ".join(
-        f"{name} {planned[name]}, here {actual[name]}" for name in planned if planned[name] != actual[name]
-    )
+    names = [name for name in planned if planned[name] != actual[name]]
+    return ", ".join(f"{name} {planned[name]}, here {actual[name]}" for name in names)
 
 
 def _joined(sizes: Sequence[int]) -> str:

@@ -1,4 +1,4 @@
-"""What ranks tell each other within a step: sums, logits, and the plan of the step. No global state of torch is touched.
+"""What ranks tell each other within a step: sums, logits, and the plan of the step. Nothing of torch's is global here.
 
 An engine may live in a process that is not its own (`skymoe.LLM` in a user's program), which may have a world of
 torch.distributed for other things, or two engines. So nothing here is registered anywhere: an `Exchange` owns two

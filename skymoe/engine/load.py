@@ -5,7 +5,8 @@ memory of any rank is loaded by all of them together; a rank's peak is its share
 held against config.json first, whole, by the rules of every other reader here: nothing missing, nothing left over, no
 other shape. Nothing in the directory is run.
 
-FP8 weights stay codes and scales. What is not multiplied as a matrix (norms, biases, routers, the embedding) is decoded.
+FP8 weights stay codes and scales. What is no factor of a large product (norms, biases, routers, the embedding) is
+decoded.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from skymoe.spec.model import ModelSpec, QkNorm
 from skymoe.spec.serving_plan import ServingPlan
 from skymoe.weights.buffers import torch_dtype
 from skymoe.weights.decoded import DecodedReader
-from skymoe.weights.match import Match, match_tensors
+from skymoe.weights.match import match_tensors
 
 
 @dataclass(frozen=True)
@@ -108,8 +109,8 @@ def load_share(
         spec: as its config.json says.
         plan: the division.
         rank: whose.
-        dtype: of the activations, and of weights that are not FP8: float32 or bfloat16. None: that of the files; float32
-            where they have another type than these two.
+        dtype: of the activations, and of weights that are not FP8: float32 or bfloat16. None: that of the files, or
+            float32 where they have another type than these two.
         device: where the weights live.
 
     Raises:

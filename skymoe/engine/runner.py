@@ -6,6 +6,7 @@ How many pages there are is the least that any rank has room for: a page is a pa
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -51,7 +52,7 @@ class Runner:
         self.device = own_device(config.device, rank)
         self._share = load_share(config.model, spec, plan, rank, dtype=config.dtype, device=self.device)
         self.weights = self._share.weights
-        self._kv_dtype = self._share.dtype if config.kv_dtype == "auto" else _KV_DTYPES[config.kv_dtype]
+        self._kv_dtype = _kv_dtype(config, plan, self._share.dtype)
         self.kv_dtype = _KV_NAMES[self._kv_dtype]
         self._model: ServingModel | None = None
         self.num_pages = self.max_model_len = 0
@@ -95,6 +96,13 @@ class Runner:
         return int(min(wanted, free_bytes(self.device, num_ranks) // 2 // page_bytes))
 
 
+def _kv_dtype(config: EngineConfig, plan: ServingPlan, of_activations: torch.dtype) -> torch.dtype:
+    """Of the cache: as the user says, else as a plan file does, which has counted on it, else as the activations."""
+    if config.kv_dtype != "auto":
+        return _KV_DTYPES[config.kv_dtype]
+    return of_activations if config.plan is None else _KV_DTYPES[plan.kv]
+
+
 def logit_rows(step: StepPlan) -> Tensor:
     """Which rows of a step want logits: the last `num_logits` of each chunk."""
     rows: list[int] = []
@@ -114,6 +122,12 @@ def own_device(name: str, rank: int) -> torch.device:
     if name == "cuda":
         return usable_device(f"cuda:{rank}", where="device")
     return usable_device(name, where="device")
+
+
+def threads_of(config: EngineConfig, num_ranks: int) -> int:
+    """Threads of a rank: as the user says, else its part of the cores."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform.startswith("linux") else os.cpu_count() or 1
+    return config.threads or max(cores // num_ranks, 1)
 
 
 def free_bytes(device: torch.device, num_ranks: int) -> int:
