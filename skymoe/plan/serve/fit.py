@@ -3,39 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Protocol
 
 from skymoe.base.errors import ConfigError
 from skymoe.plan.hardware.gpu import Gpu, Precision
 from skymoe.plan.serve.divide import choose
 from skymoe.plan.serve.engine import Engine
+from skymoe.plan.serve.frontier import KV_BLOCK, Fitted, frontier
 from skymoe.plan.serve.model import Served
 from skymoe.plan.serve.pieces import Wish
-from skymoe.plan.serve.shares import Shares, kv_token_bytes, weight_bytes
+from skymoe.plan.serve.shares import kv_token_bytes, weight_bytes
 
-KV_BLOCK = 16
-"""Tokens of a page of keys and values."""
 _GB = 1e9
 _MORE = 64
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fitted:
-    """A division with its memory.
-
-    Attributes:
-        shares: the division.
-        weights, reserve: bytes per GPU.
-        token: bytes of keys and values of one token per GPU.
-        kv_tokens: tokens that have room, whole pages; the least of all GPUs.
-    """
-
-    shares: Shares
-    weights: tuple[float, ...]
-    reserve: tuple[float, ...]
-    token: tuple[float, ...]
-    kv_tokens: int
 
 
 def reserves(
@@ -55,52 +36,8 @@ def reserves(
 
 
 def fit(served: Served, gpus: Sequence[Gpu], reserve: Sequence[float], wish: Wish) -> Fitted | None:
-    """The fastest division in which `wish.kv_tokens` have room, and of those one with much room; None if none fits."""
-    rooms = [gpu.memory - kept for gpu, kept in zip(gpus, reserve, strict=True)]
-    shares = choose(served, gpus, rooms, wish) if min(rooms) > 0 else None
-    if shares is None:
-        return None
-    best = _measured(served, gpus, shares, reserve)
-    if wish.fixed or len(set(gpus)) == 1:
-        return best
-    slow = _slowest(served, gpus, shares, wish)
-    low, high = best.kv_tokens, 4 * best.kv_tokens + KV_BLOCK * 64
-    for _ in range(12):  # the most room at the same speed, to a page or so
-        middle = (low + high) // 2
-        more = choose(served, gpus, rooms, replace(wish, kv_tokens=middle))
-        if more is not None and _slowest(served, gpus, more, wish) <= slow * (1 + 1e-9):
-            found = _measured(served, gpus, more, reserve)
-            best, low = (found if found.kv_tokens > best.kv_tokens else best), middle
-        else:
-            high = middle
-    return best
-
-
-def _slowest(served: Served, gpus: Sequence[Gpu], shares: Shares, wish: Wish) -> float:
-    """Bytes over bandwidth of a layer's two halves, each on its slowest GPU."""
-    attention, ffn = 0.0, 0.0
-    for g, gpu in enumerate(gpus):
-        speed = gpu.bandwidth * gpu.laws.memory
-        head = shares.heads[g] * served.query_elements + shares.kv_heads[g] * served.kv_elements
-        load = head * served.weight_bytes + wish.load_tokens * shares.kv_heads[g] * served.kv_head_bytes
-        main = served.expert_ffn or served.dense_ffn
-        assert main is not None
-        part = main.matrices * served.shape.hidden_size * served.weight_bytes * shares.columns[g] * shares.experts[g]
-        attention, ffn = max(attention, load / speed), max(ffn, part / speed)
-    return attention + ffn
-
-
-def _measured(served: Served, gpus: Sequence[Gpu], shares: Shares, reserve: Sequence[float]) -> Fitted:
-    weights = tuple(weight_bytes(served, shares, g) for g in range(len(gpus)))
-    token = tuple(kv_token_bytes(served, shares, g) for g in range(len(gpus)))
-    tokens = min(
-        (gpu.memory - kept - used) / each if each else float(1 << 40)
-        for gpu, kept, used, each in zip(gpus, reserve, weights, token, strict=True)
-    )
-    return Fitted(
-        shares=shares, weights=weights, reserve=tuple(reserve), token=token,
-        kv_tokens=max(0, int(tokens) // KV_BLOCK * KV_BLOCK),
-    )  # fmt: skip
+    """The fastest division in which `wish.kv_tokens` have room, and of those the one with most; None if none fits."""
+    return next(frontier(served, gpus, reserve, wish), None)
 
 
 def refuse(

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from skymoe.plan.hardware.gpu import Gpu
-from skymoe.plan.serve.fit import KV_BLOCK
+from skymoe.plan.serve.frontier import KV_BLOCK
 from skymoe.plan.serve.model import Served
 from skymoe.plan.shape import LayerShape, layer_parameters
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from skymoe.plan.hardware.gpu import Gpu
 from skymoe.plan.serve.config import PlanServeConfig
-from skymoe.plan.serve.fit import Fitted
+from skymoe.plan.serve.frontier import Fitted
 from skymoe.plan.serve.model import Served
 from skymoe.plan.serve.report import BatchPoint
 from skymoe.plan.serve.shares import Shares

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from skymoe.plan.serve.fit import Fitted
+from skymoe.plan.serve.frontier import Fitted
 from skymoe.plan.serve.report import BatchPoint
 from skymoe.plan.serve.step import Load, Setting, step_s, total_s
 from skymoe.plan.serve.workload import Workload, first_token_s, period_s
