@@ -24,7 +24,7 @@ from typing import Self
 
 from torch import Tensor
 
-from skymoe.base.errors import SkymoeError
+from skymoe.base.errors import MachineError, SkymoeError
 from skymoe.base.log import logger
 from skymoe.engine.admission import check_request
 from skymoe.engine.config import EngineConfig
@@ -60,6 +60,7 @@ class Engine:
         )  # fmt: skip
         self.info = _info(config, self._group, self._scheduler.max_model_len)
         self._step_seconds = 0.0
+        self._is_cut_off = False  # an error or Ctrl-C came in the middle of a step: ranks may disagree
 
     def add(self, id: str, prompt: Sequence[int], params: SamplingParams) -> None:
         """Take a request in.
@@ -72,11 +73,8 @@ class Engine:
 
     def check(self, prompt: Sequence[int], params: SamplingParams) -> None:
         """Raises ConfigError where a request can never be answered here, whatever else is running."""
-        check_request(
-            Request("check", tuple(prompt), params),
-            max_model_len=self.info.max_model_len,
-            vocab_size=self.info.vocab_size,
-        )
+        request = Request("check", tuple(prompt), params)
+        check_request(request, max_model_len=self.info.max_model_len, vocab_size=self.info.vocab_size)
 
     def abort(self, id: str) -> bool:
         """Forget a request, and free its pages at once; False where it is not (or no longer) here."""
@@ -88,13 +86,16 @@ class Engine:
         Raises:
             MachineError: a rank is dead or does not answer; the engine is of no use any more.
         """
+        if self._is_cut_off:
+            raise MachineError("a step of this engine was cut off", hint="close it and make another")
         scheduled = self._scheduler.plan()
         if scheduled is None:
             return []
-        begin = time.perf_counter()
+        self._is_cut_off, begin = True, time.perf_counter()
         logits_RV = self._group.run(scheduled.step)
         sampled = self._sample(logits_RV, scheduled.rows)
         outputs = self._scheduler.settle(scheduled, sampled)
+        self._is_cut_off = False
         self._step_seconds += time.perf_counter() - begin
         return outputs
 
