@@ -1,7 +1,7 @@
 """skymoe: grow a dense language model into a mixture of experts, train it, measure it.
 
-`import skymoe` is cheap; torch is imported when `skymoe.load` or `skymoe.LLM` is first asked for. One thing happens on import:
-transformers, once it is loaded (before or after), knows `model_type: "skymoe"`; see `skymoe.integrations.hook`.
+`import skymoe` is cheap; torch is imported when `skymoe.load` or `skymoe.LLM` is first asked for. One thing happens on
+import: transformers, once it is loaded (before or after), knows `model_type: "skymoe"`; see `skymoe.integrations.hook`.
 """
 
 from __future__ import annotations
