@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -45,8 +46,8 @@ class Exchange:
         device: torch.device | str = "cpu",
     ) -> None:  # fmt: skip
         self.rank, self.size = rank, size
-        self._data: dist.Backend | None = None
-        self._control: dist.Backend | None = None
+        self._data: Any = None  # torch's stubs know the backends, but not what they can do
+        self._control: Any = None
         if size == 1:
             return
         assert store is not None
@@ -156,8 +157,9 @@ def _in_order(parts: Tensor, dtype: torch.dtype) -> Tensor:
     return total.to(dtype)
 
 
-def _gloo(store: dist.Store, rank: int, size: int, limit: timedelta) -> dist.Backend:
-    options = dist.ProcessGroupGloo._Options()
+def _gloo(store: dist.Store, rank: int, size: int, limit: timedelta) -> Any:
+    backend: Any = dist.ProcessGroupGloo
+    options = backend._Options()
     options._timeout = limit
-    options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]  # never another interface
-    return dist.ProcessGroupGloo(store, rank, size, options)
+    options._devices = [backend.create_device(hostname="127.0.0.1")]  # never another interface
+    return backend(store, rank, size, options)

@@ -49,8 +49,8 @@ class ModelFiles:
             name, (_, _, width) = self._names[parameter, None, 0]
             assert expert is not None and rows is not None
             shifted = range(start + rows.start, start + rows.stop)
-            parts = (range(expert, expert + 1), shifted, columns or range(width))
-            return Plain(self.reader.slice(name, *parts)[0].to(self.device, self.dtype))
+            stacked = self.reader.slice(name, range(expert, expert + 1), shifted, columns or range(width))
+            return Plain(stacked[0].to(self.device, self.dtype))
         name, (height, width) = self._names[at]
         rows = range(height) if rows is None else rows
         parts = (rows,) if columns is None or columns == range(width) else (rows, columns)
