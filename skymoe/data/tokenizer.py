@@ -87,10 +87,10 @@ class TextTokenizer:
             encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array([*encoding.ids, self.eos_id], dtype) for encoding in encodings]
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of a prompt, with what the tokenizer puts before it (Llama: the begin token)."""
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """The ids of a prompt, with what the tokenizer puts before it if `special` (Llama: the begin token)."""
         with _failures("this text cannot be tokenized", self.source):
-            return list(self.backend.encode(text, add_special_tokens=True).ids)
+            return list(self.backend.encode(text, add_special_tokens=special).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, special tokens left out."""
