@@ -19,7 +19,7 @@ from skymoe import __version__
 from skymoe.base.errors import SkymoeError
 from skymoe.base.files import machine_errors
 from skymoe.base.log import setup_logging
-from skymoe.cli import convert, jobs, plan, tools
+from skymoe.cli import convert, jobs, plan, serving, tools
 
 _DEFECT = 70  # sysexits.h EX_SOFTWARE: ours, not the user's
 
@@ -49,6 +49,7 @@ for command in (
     jobs.generate,
     jobs.inspect,
     jobs.report,
+    serving.serve,
 ):
     app.command()(command)
 app.add_typer(plan.app, name="plan", help="Plan layouts for training and serving, on paper.")

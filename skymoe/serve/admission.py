@@ -9,6 +9,7 @@ server drains likewise (503).
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ class Admission:
         self.tokens = 0
         self.draining = False
         self.refused = {"queue_full": 0, "tokens_full": 0, "bodies_full": 0, "draining": 0, "loading": 0}
+        self._empty = asyncio.Event()
         self._max_requests = max_requests
         self._max_tokens = max_tokens
 
@@ -72,6 +74,14 @@ class Admission:
         finally:
             self.requests -= place.requests
             self.tokens -= place.tokens
+            if not self.requests:
+                self._empty.set()
+
+    async def empty(self) -> None:
+        """Wait until nothing is under way."""
+        while self.requests:
+            self._empty.clear()
+            await self._empty.wait()
 
     def settle(self, place: Reservation, tokens: int) -> None:
         """`place` needs only so many tokens."""

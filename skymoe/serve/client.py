@@ -1,9 +1,9 @@
 """EngineClient: the engine's process, and the server's end of the wire to it.
 
 The engine is a child process behind a socket pair (`engine/messages.py` says what goes over it). One task reads what it
-says and hands each output to the stream of its request. A stream that is closed before its end tells the engine to
-forget the request, which frees its pages before the next step; that is how a client that went away is noticed there.
-When the engine ends, by an error of its own, `kill -9` or a broken frame, every stream fails with the same EngineDied,
+says and hands each output to the channel of its request. A channel that is closed before its end tells the engine to
+forget its requests, which frees its pages before the next step; that is how a client that went away is noticed there.
+When the engine ends, by an error of its own, `kill -9` or a broken frame, every channel fails with the same EngineDied,
 and `died` says which process it was and how it ended.
 """
 
@@ -16,7 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 
 from skymoe.base.errors import FormatError, MachineError, printable
 from skymoe.engine.config import EngineConfig
@@ -38,13 +38,12 @@ from skymoe.engine.messages import (
     read_news,
     worker_arguments,
 )
-from skymoe.engine.output import EngineInfo, EngineStats, TokenOutput
+from skymoe.engine.output import EngineInfo, EngineStats, Finish, TokenOutput
 from skymoe.engine.params import SamplingParams
 from skymoe.parallel.lifeline import LAUNCHER
 
 _READ_BYTES = 1 << 18
 _STOP_S = 10.0
-_SECRETS = ("SKYMOE_API_KEY",)
 
 
 class EngineDied(MachineError):
@@ -55,17 +54,30 @@ class EngineDied(MachineError):
         self.exit_code = code
 
 
-class Stream:
-    """The outputs of one request, as they come. Close it, read to the end or not: `with contextlib.aclosing(...)`."""
+class Channel:
+    """Requests that belong together, and their outputs as they come, those of all in one stream.
 
-    def __init__(self, client: EngineClient, request_id: str) -> None:
-        self.id = request_id
+    Close it, read to the end or not (`contextlib.aclosing`): what has not ended then is aborted.
+    """
+
+    def __init__(self, client: EngineClient) -> None:
         self._client = client
         self._queue: asyncio.Queue[TokenOutput | EngineDied] = asyncio.Queue()
-        self._ended = False
+        self._open: set[str] = set()
+
+    def submit(self, request_id: str, prompt: tuple[int, ...], params: SamplingParams) -> None:
+        """Hand a request to the engine; `request_id` is new to it. Raises EngineDied."""
+        self._client.add(request_id, prompt, params, self)
+        self._open.add(request_id)
+
+    def forget(self, request_id: str) -> None:
+        """Abort a request; nothing happens when it has ended."""
+        if request_id in self._open:
+            self._open.discard(request_id)
+            self._client.abort(request_id)
 
     def push(self, news: TokenOutput | EngineDied) -> None:
-        """What the engine says of this request."""
+        """For the client: what the engine says."""
         self._queue.put_nowait(news)
 
     def __aiter__(self) -> AsyncIterator[TokenOutput]:
@@ -73,18 +85,21 @@ class Stream:
 
     async def __anext__(self) -> TokenOutput:
         """Raises EngineDied."""
-        if self._ended:
-            raise StopAsyncIteration
-        news = await self._queue.get()
-        if isinstance(news, EngineDied):
-            self._ended = True
-            raise news
-        self._ended = news.finish is not None
-        return news
+        while self._open:
+            news = await self._queue.get()
+            if isinstance(news, EngineDied):
+                self._open.clear()
+                raise news
+            if news.request_id in self._open:
+                if news.finish is not None:
+                    self._open.discard(news.request_id)
+                return news
+        raise StopAsyncIteration
 
     async def aclose(self) -> None:
-        """Abort the request unless it has ended."""
-        self._client.forget(self.id)
+        """Abort what has not ended."""
+        for request_id in list(self._open):
+            self.forget(request_id)
 
 
 class EngineClient:
@@ -108,7 +123,7 @@ class EngineClient:
         self.ready: asyncio.Event = asyncio.Event()
         self._config = config
         self._command = command
-        self._streams: dict[str, Stream] = {}
+        self._channels: dict[str, Channel] = {}
         self._asked: list[asyncio.Future[EngineStats]] = []
         self._stopping = False
 
@@ -118,9 +133,9 @@ class EngineClient:
         return self._process.pid
 
     @property
-    def num_streams(self) -> int:
+    def num_requests(self) -> int:
         """Requests that have not ended."""
-        return len(self._streams)
+        return len(self._channels)
 
     async def start(self) -> None:
         """Start the process and tell it what to load; `ready` is set when it has."""
@@ -131,19 +146,27 @@ class EngineClient:
         self._task = asyncio.create_task(self._listen())
         self._say(Start(self._config))
 
-    def submit(self, request_id: str, prompt: tuple[int, ...], params: SamplingParams) -> Stream:
-        """Hand a request to the engine; raises EngineDied."""
-        stream = Stream(self, request_id)
+    def channel(self) -> Channel:
+        """A new stream of outputs."""
+        return Channel(self)
+
+    def add(self, request_id: str, prompt: tuple[int, ...], params: SamplingParams, channel: Channel) -> None:
+        """Hand a request to the engine; its outputs go to `channel`. Raises EngineDied."""
         if self.died.done():
             raise self.died.result()
-        self._streams[request_id] = stream
         self._say(Add(request_id, prompt, params))
-        return stream
+        self._channels[request_id] = channel
 
-    def forget(self, request_id: str) -> None:
-        """Abort a request; nothing happens when it has ended."""
-        if self._streams.pop(request_id, None) is not None:
+    def abort(self, request_id: str) -> None:
+        """Tell the engine to forget a request; nothing happens when it has ended."""
+        if self._channels.pop(request_id, None) is not None:
             self._say(Abort(request_id))
+
+    def abort_all(self) -> None:
+        """End every request; their channels hear of it."""
+        for request_id, channel in list(self._channels.items()):
+            self.abort(request_id)
+            channel.push(TokenOutput(request_id=request_id, finish=Finish.ABORT))
 
     async def stats(self) -> EngineStats:
         """How things stand in the engine. Raises EngineDied."""
@@ -203,12 +226,12 @@ class EngineClient:
         return None
 
     def _deliver(self, output: TokenOutput) -> None:
-        stream = self._streams.get(output.request_id)
-        if stream is None:  # forgotten a moment ago
+        channel = self._channels.get(output.request_id)
+        if channel is None:  # forgotten a moment ago
             return
         if output.finish is not None:
-            del self._streams[output.request_id]
-        stream.push(output)
+            del self._channels[output.request_id]
+        channel.push(output)
 
     async def _end(self) -> int:
         """See that the process is gone; its exit code."""
@@ -227,9 +250,9 @@ class EngineClient:
     def _bury(self, reason: EngineDied) -> None:
         if not self.died.done():
             self.died.set_result(reason)
-        for stream in self._streams.values():
-            stream.push(reason)
-        self._streams.clear()
+        for channel in set(self._channels.values()):
+            channel.push(reason)
+        self._channels.clear()
         for answer in self._asked:
             if not answer.done():
                 answer.set_exception(reason)
@@ -247,16 +270,11 @@ def _start_process(command: Sequence[str] | None, theirs: socket.socket) -> subp
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             stdout=2,  # standard output is the server's: `ready http://..`
-            env=_environment(os.environ),
+            env={**os.environ, LAUNCHER: str(os.getpid())},
             start_new_session=True,
         )
     except OSError as error:
         raise MachineError(f"the engine's process cannot be started: {printable(error)}") from error
-
-
-def _environment(ours: Mapping[str, str]) -> dict[str, str]:
-    """What the engine may know: all but the secrets, and whose child it is."""
-    return {name: value for name, value in ours.items() if name not in _SECRETS} | {LAUNCHER: str(os.getpid())}
 
 
 def _signal_name(number: int) -> str:
@@ -264,5 +282,3 @@ def _signal_name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return f"signal {number}"
-
-

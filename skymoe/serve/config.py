@@ -1,4 +1,4 @@
-"""What the user asks of `skymoe serve`: the engine, where it listens, who may talk to it, and how much of everything."""
+"""What the user asks of `skymoe serve`: the engine, where it listens, who may talk to it, how much of everything."""
 
 from __future__ import annotations
 

@@ -7,11 +7,15 @@ from collections.abc import Mapping
 from typing import NoReturn, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
 from skymoe.base.errors import SkymoeError, printable
 from skymoe.serve.protocol.common import ErrorAnswer, ErrorDetail
+
+BODY = "skymoe.body"
+"""the key of the ASGI scope under which the body of a request lies"""
 
 _TYPES = {
     400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 405: "invalid_request_error",
@@ -94,7 +98,32 @@ def _depth(problem: Mapping[str, object]) -> int:
     return len(loc) if isinstance(loc, tuple) else 0
 
 
+def read_json_body(cls: type[M], request: Request) -> M:
+    """The body of `request` (`limits.py` has put it into the scope), which must say that it is JSON.
+
+    A browser sends any text to any host without asking, but not as application/json.
+
+    Raises:
+        ApiError: 415, 400.
+    """
+    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if kind != "application/json":
+        raise ApiError(415, "the body must be JSON, with `Content-Type: application/json`", code="not_json")
+    return read_body(cls, request.scope[BODY])
+
+
 async def answer_api_error(request: Request, error: Exception) -> Response:
     """Starlette's door for ApiError."""
     assert isinstance(error, ApiError)
     return error.response()
+
+
+async def answer_http_error(request: Request, error: Exception) -> Response:
+    """Starlette's door for its own: no such route, no such method."""
+    assert isinstance(error, HTTPException)
+    return ApiError(error.status_code, str(error.detail), headers=error.headers).response()
+
+
+async def answer_defect(request: Request, error: Exception) -> Response:
+    """Starlette's door for all others; what went wrong stands in the log alone."""
+    return ApiError(500, "a defect of the server; its log says more", code="defect").response()

@@ -1,4 +1,4 @@
-"""ASGI middleware: how long a body may be, how much of all bodies may lie in memory, and that it is JSON.
+"""ASGI middleware: how long a body may be, how much of all bodies may lie in memory.
 
 A length that is announced is judged before a byte is read; chunks are counted as they come. What was refused is still
 read and thrown away by the protocol for `body_s`, so that a client that sends first and reads afterwards sees why.
@@ -11,9 +11,7 @@ from starlette.types import Message as AsgiMessage
 
 from skymoe.serve.admission import Admission
 from skymoe.serve.config import Limits
-from skymoe.serve.errors import ApiError
-
-BODY = "skymoe.body"
+from skymoe.serve.errors import BODY, ApiError
 
 
 class BodyLimit:
@@ -37,18 +35,14 @@ class BodyLimit:
             return
         held = 0
         try:
-            expected = self._announced(scope)
-            self._hold(expected)
-            held = expected
+            held = self._hold(self._announced(scope), 0)
             body = bytearray()
             while True:
                 message: AsgiMessage = await receive()
                 if message["type"] == "http.disconnect":
                     return
                 body += message.get("body", b"")
-                if len(body) > held:
-                    self._hold(len(body) - held)
-                    held = len(body)
+                held = self._hold(len(body), held)
                 if not message.get("more_body", False):
                     break
             await self._app({**scope, BODY: bytes(body)}, receive, send)
@@ -62,13 +56,15 @@ class BodyLimit:
         lengths = [int(value) for name, value in scope["headers"] if name == b"content-length"]
         return lengths[0] if lengths else 0
 
-    def _hold(self, num_bytes: int) -> None:
-        if num_bytes > self._limits.body_bytes:
-            raise self._too_large()
-        if self._held + num_bytes > self._limits.bodies_bytes:
+    def _hold(self, total: int, held: int) -> int:
+        """Room for `total` bytes of one body that has room for `held` already; how much it has now."""
+        if total > self._limits.body_bytes:
+            message = f"a request body has at most {self._limits.body_bytes} bytes"
+            raise ApiError(413, message, code="body_too_large")
+        more = max(total - held, 0)
+        if self._held + more > self._limits.bodies_bytes:
             self._admission.count_refusal("bodies_full")
-            raise ApiError(429, "too much is being sent at once; try again", code="bodies_full", headers={"retry-after": "1"})
-        self._held += num_bytes
-
-    def _too_large(self) -> ApiError:
-        return ApiError(413, f"a request body has at most {self._limits.body_bytes} bytes", code="body_too_large")
+            message = "too much is being sent at once; try again"
+            raise ApiError(429, message, code="bodies_full", headers={"retry-after": "1"})
+        self._held += more
+        return held + more

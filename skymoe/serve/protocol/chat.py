@@ -106,18 +106,12 @@ class ChatAnswer(Answer):
     usage: Usage
 
 
-class ChatDelta(Answer):
-    """What is new in a stream: the role first, then text."""
-
-    role: Literal["assistant"] | None = None
-    content: str | None = None
-
-
 class ChatChunkChoice(Answer):
     """What is new of one answer."""
 
     index: int
-    delta: ChatDelta
+    delta: dict[Literal["role", "content"], str]
+    """the role first, then text"""
     logprobs: ChatLogprobs | None = None
     finish_reason: Literal["stop", "length"] | None = None
 
@@ -131,5 +125,3 @@ class ChatChunk(Answer):
     model: str
     choices: list[ChatChunkChoice]
     usage: Usage | None = None
-
-

@@ -43,13 +43,15 @@ def _short_stop(text: str) -> str:
 def _token_keys(biases: dict[str, float]) -> dict[str, float]:
     for key in biases:
         if not _TOKEN_KEY.fullmatch(key):
-            raise ValueError("the keys of logit_bias are token ids, such as \"42\"")
+            raise ValueError('the keys of logit_bias are token ids, such as "42"')
     return biases
 
 
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1, json_schema_extra={"format": TOKEN_ID})]
 # 64 characters are at most 256 bytes: what the document allows is accepted
-StopString = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_BYTES // 4), AfterValidator(_short_stop)]
+StopString = Annotated[
+    str, StringConstraints(min_length=1, max_length=MAX_STOP_BYTES // 4), AfterValidator(_short_stop)
+]
 Text = Annotated[str, StringConstraints(min_length=1)]
 LogitBias = Annotated[
     dict[str, Annotated[float, Field(ge=-100, le=100)]],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, RootModel
 
 from skymoe.serve.protocol.chat import MAX_MESSAGES, ChatMessage
 from skymoe.serve.protocol.common import Answer, Message, TokenId
@@ -26,6 +26,10 @@ class TokenizeChat(Message):
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
     add_generation_prompt: bool = True
     return_token_strs: bool | None = None
+
+
+class TokenizeRequest(RootModel[TokenizeText | TokenizeChat]):
+    """Text, or a conversation."""
 
 
 class TokenizeAnswer(Answer):

@@ -1,0 +1,175 @@
+"""`skymoe serve`: bind, start the engine, answer until a signal, the engine's end, or nobody's fault.
+
+The order: the address is bound first, so that a port that is taken costs no loading; the engine starts and the server
+answers `/health` while it loads; `ready http://..` appears on standard output when requests are answered. SIGTERM or
+Ctrl-C lets nobody in any more, lets who is in finish for `drain_s`, and ends; a second signal ends at once. When the
+engine's process ends, the server says how and ends with exit code 3.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import logging
+import os
+import signal
+import socket
+from collections.abc import Iterator, Sequence
+
+import uvicorn
+
+from skymoe.base.errors import MachineError, printable
+from skymoe.base.log import logger
+from skymoe.serve.admission import Admission
+from skymoe.serve.app import make_app
+from skymoe.serve.client import EngineClient
+from skymoe.serve.config import ServeConfig
+from skymoe.serve.http import BoundedProtocol
+from skymoe.serve.metrics import Metrics
+from skymoe.serve.safety import KEY_VARIABLE, Key, check_bind, is_loopback, read_key
+from skymoe.serve.service import Service
+from skymoe.serve.texts import Texts
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_CLOSE_S = 2
+_INTERRUPTED = 130
+_BACKLOG = 2048
+
+
+def run(config: ServeConfig, *, engine_command: Sequence[str] | None = None) -> int:
+    """Serve until told to end; returns the exit code: 0 drained, 130 after a second signal.
+
+    Args:
+        config: what to serve, where, to whom.
+        engine_command: what to start as the engine instead of ours; see `EngineClient`.
+
+    Raises:
+        ConfigError: the bind is public and there is no key; no model, no tokenizer.
+        MachineError: the address cannot be bound; the engine has ended (EngineDied).
+    """
+    key = read_key(config.api_key_file)
+    os.environ.pop(KEY_VARIABLE, None)  # no child has use for it
+    check_bind(config.host, has_key=key is not None, insecure=config.insecure_no_auth)
+    if key is None and not is_loopback(config.host):
+        logger.warning(f"{printable(config.host)} can be reached by other machines, and everybody may use this server")
+    with _bind(config.host, config.port) as listener:
+        return asyncio.run(_Server(config, engine_command).serve(listener, key))
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """A socket that listens; raises MachineError."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
+        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+    except OSError as error:
+        raise MachineError(
+            f"cannot listen on {printable(host)}:{port}: {error.strerror}", hint="--port 0 takes a free port"
+        ) from error
+
+
+def _address(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class _Uvicorn(uvicorn.Server):
+    """uvicorn without its own signal handlers: ours decide."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class _Server:
+    """One run of the server: its parts, and the events that end it."""
+
+    def __init__(self, config: ServeConfig, engine_command: Sequence[str] | None) -> None:
+        self._config = config
+        self._engine_command = engine_command
+        self._signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
+
+    async def serve(self, listener: socket.socket, key: Key | None) -> int:
+        """Until the end; the exit code."""
+        loop = asyncio.get_running_loop()
+        for number in _SIGNALS:
+            loop.add_signal_handler(number, self._signals.put_nowait, number)
+        service = self._make_service()
+        http = self._make_http(service, key)
+        await service.engine.start()
+        serving = asyncio.create_task(http.serve(sockets=[listener]))
+        announcing = asyncio.create_task(self._announce(service, _address(listener)))
+        code = 0
+        try:
+            code = await self._until_end(service)
+        finally:
+            announcing.cancel()
+            http.should_exit = True
+            http.force_exit = code == _INTERRUPTED
+            await serving
+            await service.engine.stop()
+            service.texts.close()
+        return code
+
+    def _make_service(self) -> Service:
+        config = self._config
+        name = config.name or config.engine.model.resolve().name
+        limits = config.limits
+        most = config.engine.max_batch + limits.waiting
+        admission = Admission(max_requests=most, max_tokens=limits.tokens)
+        return Service(
+            config=config,
+            name=name,
+            engine=EngineClient(config.engine, command=self._engine_command),
+            texts=Texts(config.engine.model, template_s=limits.template_s),
+            admission=admission,
+            metrics=Metrics(name, admission),
+        )
+
+    def _make_http(self, service: Service, key: Key | None) -> _Uvicorn:
+        limits = self._config.limits
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # it would log what strangers send
+        return _Uvicorn(
+            uvicorn.Config(
+                make_app(service, key=key),
+                http=functools.partial(BoundedProtocol, limits),  # type: ignore[arg-type]
+                ws="none",
+                lifespan="off",
+                loop="asyncio",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                timeout_keep_alive=limits.idle_s,  # type: ignore[arg-type]
+                timeout_graceful_shutdown=_CLOSE_S,
+                backlog=_BACKLOG,
+            )
+        )
+
+    async def _announce(self, service: Service, address: str) -> None:
+        await service.engine.ready.wait()
+        print(f"ready {address}", flush=True)
+
+    async def _until_end(self, service: Service) -> int:
+        """Wait for a signal, then for who is in. Raises EngineDied."""
+        first = asyncio.create_task(self._signals.get())
+        await asyncio.wait({first, service.engine.died}, return_when=asyncio.FIRST_COMPLETED)
+        if not first.done():
+            first.cancel()
+            raise service.engine.died.result()
+        service.admission.draining = True
+        logger.info(f"{first.result().name}: draining, {service.admission.requests} under way; again to end at once")
+        second = asyncio.create_task(self._signals.get())
+        empty = asyncio.create_task(service.admission.empty())
+        ends = {second, empty, service.engine.died}
+        await asyncio.wait(ends, timeout=self._config.drain_s, return_when=asyncio.FIRST_COMPLETED)
+        empty.cancel()
+        second.cancel()
+        if service.engine.died.done():
+            raise service.engine.died.result()
+        if second.done() and not second.cancelled():
+            return _INTERRUPTED
+        if service.admission.requests:
+            logger.warning(f"{service.admission.requests} requests did not end in {self._config.drain_s:g} s: aborted")
+            service.engine.abort_all()
+        return 0
