@@ -1,8 +1,8 @@
 r"""One token as text and as bytes, and where it begins: what log-probabilities are reported with. No torch.
 
 Tokens do not end where characters do. A token that is no whole text on its own is written as OpenAI's completions write
-it, `bytes:\xe4\xb8`: so no two parts of characters share a name, and a client that looks for the most likely token among
-`top_logprobs` finds the right one. (vLLM writes U+FFFD for all of them.) `bytes` are the token's own, also there.
+it, `bytes:\xe4\xb8`: so no two parts of characters share a name, and a client that looks for the most likely token
+among `top_logprobs` finds the right one. (vLLM writes U+FFFD for all of them.) `bytes` are the token's own, also there.
 
 `text_offset` counts characters of the text, and a character belongs to the token that completes it.
 """
