@@ -70,13 +70,20 @@ def read_config(
     return _validate(cls, document, str(path or COMMAND_LINE))
 
 
-def check_config(cls: type[C], options: Mapping[str, Any], overrides: Sequence[str] = ()) -> C:
+def check_config(cls: type[C], options: Mapping[str, Any], overrides: Sequence[str] = (), *, flags: bool = False) -> C:
     """The config that command-line options and `key=value` give together. Neither files nor the environment take part.
+
+    Args:
+        cls: which config.
+        options: by key.
+        overrides: `key.sub=value`; the value is read like YAML.
+        flags: the flag of every option is called as its key, so that errors can name it: `--micro-batch`.
 
     Raises:
         ConfigError: as `read_config`.
     """
-    document = Document(dict(options), {(): COMMAND_LINE})
+    places: dict[Key, str] = {(name,): f"--{name.replace('_', '-')}" for name in options} if flags else {}
+    document = Document(dict(options), {(): COMMAND_LINE, **places})
     for text in overrides:
         document = _override(document, text, COMMAND_LINE)
     return _validate(cls, document, COMMAND_LINE)

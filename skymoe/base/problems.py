@@ -45,8 +45,10 @@ def explain(error: ValidationError, cls: type[BaseModel], document: Document, na
             key = (*key, item["loc"][-1])
         grouped.setdefault((place, ".".join(map(str, key))), []).append(_tell(item, cls, key))
     lines = [
-        f"{printable(path)}: {' or '.join(dict.fromkeys(told))}" if path else " or ".join(told)
-        for (_, path), told in grouped.items()
+        f"{printable(path)}: {' or '.join(dict.fromkeys(told))}"
+        if path and not place.startswith("--")
+        else " or ".join(dict.fromkeys(told))
+        for (place, path), told in grouped.items()
     ]
     places = [place for place, _ in grouped]
     if len(lines) == 1:

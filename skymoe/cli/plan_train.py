@@ -62,14 +62,13 @@ def train(
         precision=precision, imbalance=imbalance, capacity=capacity, vocabulary_parallel=vocabulary_parallel, top=top,
         save=save, html=html, out=out,
     )  # fmt: skip
-    config = check_config(PlanTrainConfig, options)
+    config = check_config(PlanTrainConfig, options, flags=True)
+    from skymoe.plan.train.files import check_files, write_files
     from skymoe.plan.train.run import run
     from skymoe.plan.train.table import show
 
+    check_files(config)
     report = run(config)
     print_json(report.as_json()) if as_json else show(report, standard_output())
-    if config.save or config.html or config.out:
-        from skymoe.plan.train.files import write_files
-
-        for path in write_files(config, report):
-            logger.info(f"wrote {path}")
+    for path in write_files(config, report):
+        logger.info(f"wrote {path}")

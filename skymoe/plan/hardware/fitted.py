@@ -26,7 +26,7 @@ def gpu_from_profile(profile: Profile, *, base: Gpu | None = None) -> Gpu:
         profile: as read.
         base: for what was not measured; None: the catalogue's entry of that title, or its `cpu`.
     """
-    base = _base(profile) if base is None else base
+    base = find_gpu(measured_on(profile) or "cpu") if base is None else base
     laws = replace(
         base.laws,
         gemm=1.0,
@@ -34,6 +34,7 @@ def gpu_from_profile(profile: Profile, *, base: Gpu | None = None) -> Gpu:
         memory=1.0,
         launch_s=max(law.launch_s for law in profile.law.values()) if profile.law else base.laws.launch_s,
         attention=min(1.0, base.laws.attention / base.laws.gemm),
+        host_s=_host_s(profile, base),
     )
     link = next((profile.links[kind].link for kind in _SUMS if kind in profile.links), base.node)
     return replace(
@@ -51,11 +52,23 @@ def gpu_from_profile(profile: Profile, *, base: Gpu | None = None) -> Gpu:
     )
 
 
-def _base(profile: Profile) -> Gpu:
+def measured_on(profile: Profile) -> str | None:
+    """The entry of the catalogue that the profile is of: `cpu`, or a GPU by its title; None where there is none."""
+    if profile.machine.device.startswith("cpu"):
+        return "cpu"
     try:
-        return find_gpu(profile.machine.title or "cpu")
+        return find_gpu(profile.machine.title).name
     except ConfigError:
-        return find_gpu("cpu")
+        return None
+
+
+def _host_s(profile: Profile, base: Gpu) -> float:
+    """The host starts a dense half layer in no more than the fastest measured one took; in less where the catalogue
+    says so, for what was measured may have waited for the device instead.
+    """
+    halves = [kind.attention for kind in profile.times.kinds]
+    halves += [kind.feed_forward for kind in profile.times.kinds if not kind.is_moe]
+    return min(base.laws.host_s, *(min(half.forward_s, half.backward_s) for half in halves))
 
 
 def _rates(profile: Profile, base: Gpu) -> dict[Precision, float]:

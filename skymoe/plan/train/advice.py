@@ -8,17 +8,22 @@ shown for the memory only, and for 1F1B.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from math import ceil, lcm, prod
 
 from skymoe.base.errors import ConfigError
-from skymoe.plan.hardware.catalogue import cluster_of
+from skymoe.plan.hardware.catalogue import find_gpu, gpu_names
 from skymoe.plan.train.asked import Asked, read_asked
 from skymoe.plan.train.config import MAX_GPUS, PlanTrainConfig
 from skymoe.plan.train.least import lean_layouts, least_found, needed_memory
-from skymoe.plan.train.search import GB
+from skymoe.plan.train.search import GB, Refused
+from skymoe.plan.train.space import Candidate, candidates, divisions
+from skymoe.spec.layout import ScheduleKind
 
 _TRIED = 6
 """Layouts whose least memory is computed to see whether a change makes it possible, the likeliest first."""
+_PASSES = 2**14
+"""Stages times micro-batches of a step that is named where one is too long to be simulated."""
 _WALKED = 16
 """Numbers of GPUs, a node apart, that are tried one by one."""
 
@@ -26,17 +31,37 @@ _WALKED = 16
 def no_layout(asked: Asked) -> ConfigError:
     """No legal layout at all: the axes, the batch and the model do not go together."""
     config = asked.config
+    hints = [*_enough_sequences(asked), *_working(asked)]
     return ConfigError(
         f"no layout of {config.gpus} GPUs can run a step of {asked.sequences} sequences of {config.model}",
         where="plan train",
         why="stages need layers, ranks need heads, replicas need the micro-batches that a schedule asks for",
-        hint=_joined(_working(config)) or "more sequences in a step (--global-batch-tokens), or fewer GPUs",
+        hint=_joined(hints[:3]),
     )
 
 
-def nothing_fits(asked: Asked) -> ConfigError:
+def nothing_runs(asked: Asked, refused: Sequence[Refused]) -> ConfigError:
+    """Legal layouts, of which none could be divided: for want of memory, or because the solver takes none of them."""
+    untaken = [one for one in refused if one.why == "schedule"]
+    if not untaken:
+        return _nothing_fits(asked)
+    # The layout that shares out most tokens in as many passes as are simulated within seconds.
+    tokens = max(_most_sequences(one.candidate) for one in untaken) * asked.sequence_length
+    smaller = tokens < asked.sequences * asked.sequence_length
+    return ConfigError(
+        f"no layout could be divided: {untaken[0].reason}", where="plan train",
+        hint=f"--global-batch-tokens {tokens}" if smaller else untaken[0].hint,
+    )  # fmt: skip
+
+
+def _most_sequences(one: Candidate) -> int:
+    """Of a step of so many passes; at least one micro-batch for each rank."""
+    return max(_PASSES // one.num_stages, one.pp) * one.dp * one.micro_batch
+
+
+def _nothing_fits(asked: Asked) -> ConfigError:
     """Legal layouts, but none within the memory."""
-    hints, why = _working(asked.config), "weights, gradients and optimizer alone are too large for every layout"
+    hints, why = _working(asked), "weights, gradients and optimizer alone are too large for every layout"
     if (found := least_found(asked)) is not None:
         one, need = found
         # Rounded up, so that the figure does when it is given as it stands.
@@ -45,7 +70,7 @@ def nothing_fits(asked: Asked) -> ConfigError:
             f"the least is {size} GB on a GPU, with pp {one.pp} x dp {one.dp} x tp {one.tp}, {one.expert}, "
             f"micro-batch {one.micro_batch}"
         )
-        hints.append(f"GPUs with {size} GB of memory (--memory {size})")
+        hints += _larger(asked, need, size)
     return ConfigError(
         f"{asked.config.model} does not fit {asked.config.gpus} x {asked.cluster.gpu.title} "
         f"with {asked.memory / GB:.1f} GB each",
@@ -55,14 +80,41 @@ def nothing_fits(asked: Asked) -> ConfigError:
     )
 
 
+def _enough_sequences(asked: Asked) -> list[str]:
+    """The smallest larger step that some division of the GPUs can share out."""
+    config, sequences = asked.config, asked.sequences
+    shares = {
+        dp * (config.micro_batch or 1) * (pp if config.schedule is ScheduleKind.INTERLEAVED else 1)
+        for pp, dp, _ in divisions(config, asked.spec, asked.cluster)
+    }
+    for number in sorted({-(-sequences // share) * share for share in shares}):
+        if candidates(config, asked.spec, asked.cluster, number):
+            return [f"--global-batch-tokens {number * asked.sequence_length}"]
+    return []
+
+
+def _larger(asked: Asked, need: float, size: str) -> list[str]:
+    """The memory that is needed, as far as there are such GPUs, and the smallest of these that does."""
+    config = asked.config
+    larger = sorted((find_gpu(name).memory, name) for name in gpu_names() if name != "cpu")
+    if need > larger[-1][0]:
+        return []
+    hints = [f"GPUs with {size} GB of memory (--memory {size})"]
+    if config.memory is None and config.profile is None:
+        names = [name for memory, name in larger if memory >= 0.95 * need][:_TRIED]
+        fitting = (name for name in names if _possible(config.replace(gpu=name)))
+        hints += [f"--gpu {name}" for name in islice(fitting, 1)]
+    return hints
+
+
 def _joined(changes: Sequence[str]) -> str:
     return "; or ".join(changes)
 
 
-def _working(config: PlanTrainConfig) -> list[str]:
+def _working(asked: Asked) -> list[str]:
     """Changes with which some layout fits, the smaller ones first; more GPUs when nothing else does."""
-    found = [words for words, changed in _changes(config) if _possible(changed)]
-    if not found and (gpus := _enough_gpus(config)) is not None:
+    found = [words for words, changed in _changes(asked.config) if _possible(changed)]
+    if not found and (gpus := _enough_gpus(asked.config, asked.cluster.gpus_per_node)) is not None:
         found.append(f"--gpus {gpus}")
     return found[:3]
 
@@ -75,13 +127,13 @@ def _changes(config: PlanTrainConfig) -> Iterator[tuple[str, PlanTrainConfig]]:
         yield "--micro-batch 1", config.replace(micro_batch=1)
     if config.whole_layers:
         yield "without --whole-layers", config.replace(whole_layers=False)
-    for name in ("schedule", "expert", "pp", "tp", "dp"):
+    for name in ("schedule", "expert", "pp", "tp", "dp", "nodes_of"):
         if getattr(config, name) is not None:
             chunks = {"chunks": None} if name == "schedule" else {}
-            yield f"without --{name}", config.replace(**{name: None, **chunks})
+            yield f"without --{name.replace('_', '-')}", config.replace(**{name: None, **chunks})
 
 
-def _enough_gpus(config: PlanTrainConfig) -> int | None:
+def _enough_gpus(config: PlanTrainConfig, node: int) -> int | None:
     """The smallest number found with which something fits: doubled until it does, halved, then node by node."""
 
     def fits(count: int) -> bool:
@@ -94,7 +146,6 @@ def _enough_gpus(config: PlanTrainConfig) -> int | None:
     if high > most:
         return None
     ranks = prod(size for size in (config.pp, config.tp, config.dp) if size is not None)
-    node = cluster_of(config.gpu, config.gpus, config.nodes_of).gpus_per_node
     step = lcm(ranks, node)
     while high - low > _WALKED * step:
         middle = (low + high) // 2 // step * step

@@ -9,9 +9,9 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from skymoe.base.errors import ConfigError
-from skymoe.plan.hardware.catalogue import cluster_of
-from skymoe.plan.hardware.fitted import gpu_from_profile
+from skymoe.base.errors import ConfigError, printable
+from skymoe.plan.hardware.catalogue import cluster_of, find_gpu
+from skymoe.plan.hardware.fitted import gpu_from_profile, measured_on
 from skymoe.plan.hardware.gpu import Cluster, Precision
 from skymoe.plan.hardware.profile import Profile, read_profile
 from skymoe.plan.shape import ModelShape, shape_of
@@ -21,6 +21,8 @@ from skymoe.plan.train.space import divisors, tp_fits, units_of, usual_sequences
 from skymoe.spec.layout import ScheduleKind
 from skymoe.spec.model import ModelSpec
 from skymoe.spec.named import read_model
+
+USUAL_GPU = "a800-80g"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +60,8 @@ def read_asked(config: PlanTrainConfig) -> Asked:
         ConfigError, FormatError: no such model or GPU, or axes that cannot be.
     """
     spec = read_model(config.model)
-    cluster = cluster_of(config.gpu, config.gpus, config.nodes_of)
     profile = None if config.profile is None else read_profile(config.profile)
+    cluster = cluster_of(_gpu(config, profile), config.gpus, config.nodes_of)
     if profile is not None:
         cluster = replace(cluster, gpu=gpu_from_profile(profile, base=cluster.gpu))
     length = config.seq or min(spec.max_position, MOST_SEQUENCE)
@@ -82,6 +84,24 @@ def read_asked(config: PlanTrainConfig) -> Asked:
     _check_experts(config, spec)
     _check_batch(config, sequences)
     return asked
+
+
+def _gpu(config: PlanTrainConfig, profile: Profile | None) -> str:
+    """The name that was given, which a profile must be of; else the profile's, or the usual one."""
+    if profile is None:
+        return config.gpu or USUAL_GPU
+    measured = measured_on(profile)
+    if config.gpu is None:
+        return measured or USUAL_GPU
+    named = find_gpu(config.gpu).name
+    if measured not in (None, named) or (measured is None and named == "cpu"):
+        title = printable(profile.machine.title or profile.machine.device, 100)
+        raise ConfigError(
+            f"{config.profile} was measured on {title}, which is no {named}", where="--profile",
+            why="its figures replace those of the GPU that is planned for",
+            hint=f"--gpu {measured}, or leave --profile out" if measured else "leave --gpu out",
+        )  # fmt: skip
+    return named
 
 
 def _sequences(config: PlanTrainConfig, length: int) -> int:
@@ -136,9 +156,10 @@ def _check_ranks(config: PlanTrainConfig, spec: ModelSpec, cluster: Cluster) -> 
     per_node = cluster.gpus_per_node
     if config.tp is not None and per_node % config.tp and not config.tp <= config.gpus <= per_node:
         near = max(d for d in divisors(per_node) if d <= config.tp)
+        nodes = max(1, round(per_node / config.tp)) * config.tp
         raise ConfigError(
             f"tensor-parallel groups of {config.tp} do not stay within nodes of {per_node}",
-            where="--tp", why="every layer waits for its collectives", hint=f"--tp {near}, or --nodes-of {config.tp}",
+            where="--tp", why="every layer waits for its collectives", hint=f"--tp {near}, or --nodes-of {nodes}",
         )  # fmt: skip
 
 

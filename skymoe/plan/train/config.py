@@ -22,8 +22,8 @@ class PlanTrainConfig(Config):
     """a preset such as `skywork-moe`, or a Hugging Face model directory (its weights are not read)"""
     gpus: int = Field(ge=1, le=MAX_GPUS)
     """how many there are; all are used"""
-    gpu: str = Field(default="a800-80g", min_length=1, max_length=100)
-    """type of the catalogue, such as `h100-80g`, or `cpu`"""
+    gpu: str | None = Field(default=None, min_length=1, max_length=100)
+    """type of the catalogue, such as `h100-80g`, or `cpu`; None for that of the profile, or `a800-80g`"""
     nodes_of: int | None = Field(default=None, ge=1, le=MAX_GPUS)
     """GPUs of a node; None for what is usual for the type"""
     memory: float | None = Field(default=None, gt=0, le=1e6)

@@ -73,6 +73,7 @@ def estimate(
     priced: Prices | None = None,
     sized: Sizes | None = None,
     simulated: tuple[float, float] | None = None,
+    update_s: float | None = None,
 ) -> Estimate:
     """Estimate a step.
 
@@ -84,6 +85,7 @@ def estimate(
         order: of the passes, where it is another than the schedule's (zero-bubble variants).
         priced, sized: of `work`, where the caller has them already.
         simulated: seconds and bubble of the pipeline, where the caller has them; then there is no timeline.
+        update_s: of the optimizer per parameter, where it was measured.
 
     Raises:
         ConfigError: stages that are not those of the model or the schedule.
@@ -97,7 +99,7 @@ def estimate(
         order = order or order_for(schedule, work.division.pp, stages.num_ranks, work.num_micro)
         timeline = run_order(order, times, price_list.hop_s)
         bubble = timeline.bubble
-    end = step_end(work, stages, pipeline_s=timeline.span_s, schedule=schedule)
+    end = step_end(work, stages, pipeline_s=timeline.span_s, schedule=schedule, update_s=update_s)
     step_s = timeline.span_s + end.total_s
     rate = work.step_tokens / step_s / work.division.world_size
     causal, full = (flops(work.shape, work.sequence_length, causal=triangle) for triangle in (True, False))

@@ -28,6 +28,7 @@ def estimate_of(priced: Priced, answer: Answer, *, drawn: bool = True) -> Estima
     return estimate(
         priced.work, answer.stages, answer.recompute, schedule=priced.candidate.schedule, priced=priced.prices,
         sized=priced.sizes, simulated=None if drawn else (answer.makespan, answer.bubble),
+        update_s=priced.update_s,
     )  # fmt: skip
 
 

@@ -8,12 +8,36 @@ from functools import partial
 from pathlib import Path
 
 from skymoe.base.errors import ConfigError
-from skymoe.base.files import machine_errors, write_atomic
+from skymoe.base.files import machine_errors, refuse_no_file, write_atomic
 from skymoe.plan.train.config import PlanTrainConfig
 from skymoe.plan.train.expected import expected_of, layout_of
 from skymoe.plan.train.page import plan_page
+from skymoe.plan.train.priced import LEVELS
 from skymoe.plan.train.result import TrainPlan
+from skymoe.plan.work import Recompute
 from skymoe.spec.plan_file import Plan, write_plan
+
+_REPLAYED = (Recompute.NONE, Recompute.FULL)
+
+
+def check_files(config: PlanTrainConfig) -> None:
+    """Refuse before the search what cannot be written after it. Directories are not made, but for the last of `out`.
+
+    Raises:
+        ConfigError: no file can be at a path, or the plan file has no word for what would be run again.
+        MachineError: the system does not say.
+    """
+    for path in (config.save, config.html):
+        if path is not None:
+            refuse_no_file(path)
+    if config.out is not None:
+        with machine_errors(config.out):
+            if not config.out.is_dir():
+                if config.out.exists():
+                    raise ConfigError("this path cannot be used: it is a file", where=config.out, hint="a directory")
+                refuse_no_file(config.out)
+    if config.save is not None and LEVELS[config.recompute] not in _REPLAYED:
+        raise _no_word(config.recompute)
 
 
 def write_files(config: PlanTrainConfig, report: TrainPlan) -> tuple[Path, ...]:
@@ -30,31 +54,36 @@ def write_files(config: PlanTrainConfig, report: TrainPlan) -> tuple[Path, ...]:
         ConfigError: the plan file has no word for what would be run again.
         MachineError: the system refuses.
     """
+    check_files(config)
     saves, pages = [config.save], [config.html]
     writers: list[tuple[Path | None, Callable[[Path], None]]] = []
     if config.out is not None:
+        with machine_errors(config.out):
+            config.out.mkdir(exist_ok=True)
         writers.append((config.out / "report.json", partial(_write_json, report)))
         saves += [config.out / "plan.json"] if replayable(report) else []
         pages.append(config.out / "plan.html")
     if config.save is not None and not replayable(report):
-        raise ConfigError(
-            f"a plan file has no word for {report.layout.recompute} recomputation", where="--save",
-            why="skymoe train runs whole layers again", hint="--recompute auto",
-        )  # fmt: skip
+        raise _no_word(report.layout.recompute)
     writers += [(path, partial(write_plan, _plan(report))) for path in saves]
     drawn = plan_page(report) if any(pages) else ""
     writers += [(path, lambda path: write_atomic(path, drawn.encode())) for path in pages]
     wanted = [(path, write) for path, write in writers if path is not None]
     for path, write in wanted:
-        with machine_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
         write(path)
     return tuple(path for path, _ in wanted)
 
 
 def replayable(report: TrainPlan) -> bool:
     """Whether a plan file says all of it."""
-    return report.layout.recompute in ("none", "full")
+    return Recompute(report.layout.recompute) in _REPLAYED
+
+
+def _no_word(level: str) -> ConfigError:
+    return ConfigError(
+        f"a plan file has no word for {level} recomputation", where="--save",
+        why="skymoe train runs whole layers again", hint="--recompute auto",
+    )  # fmt: skip
 
 
 def _plan(report: TrainPlan) -> Plan:

@@ -47,6 +47,7 @@ class Priced:
         problem: the pipeline that is to be divided.
         bound_s: no division of it is faster.
         likely_s: a step with equal stages, which schedules are compared by before anything is divided.
+        update_s: of the optimizer per parameter, where it was measured.
     """
 
     candidate: Candidate
@@ -56,6 +57,7 @@ class Priced:
     problem: Problem
     bound_s: float
     likely_s: float
+    update_s: float | None = None
 
     @property
     def once_s(self) -> float:
@@ -101,9 +103,10 @@ def price(asked: Asked, candidate: Candidate, *, level: Recompute | None = None)
         work, seconds, bytes_, schedule=candidate.schedule, chunks=candidate.chunks, memory=asked.memory,
         whole_layers=asked.config.whole_layers, recompute=asked.config.recompute not in ("none", "full"),
     )  # fmt: skip
+    update_s = None if asked.profile is None else asked.profile.update_s
     return Priced(
         candidate=candidate, work=work, prices=seconds, sizes=bytes_, problem=problem,
-        bound_s=bound_s(work, problem), likely_s=likely_s(work, problem),
+        bound_s=bound_s(work, problem, update_s), likely_s=likely_s(work, problem, update_s), update_s=update_s,
     )  # fmt: skip
 
 
@@ -122,18 +125,18 @@ def price_all(asked: Asked, candidates: Sequence[Candidate]) -> list[Priced]:
 def _with_schedule(priced: Priced, candidate: Candidate) -> Priced:
     problem = replace(priced.problem, schedule=candidate.schedule, chunks=candidate.chunks)
     work = replace(priced.work, chunks=candidate.chunks)
-    bound, likely = bound_s(work, problem), likely_s(work, problem)
+    bound, likely = bound_s(work, problem, priced.update_s), likely_s(work, problem, priced.update_s)
     return replace(priced, candidate=candidate, work=work, problem=problem, bound_s=bound, likely_s=likely)
 
 
-def bound_s(work: Work, problem: Problem) -> float:
+def bound_s(work: Work, problem: Problem, update_s: float | None = None) -> float:
     """No division of `problem` makes a faster step."""
-    return _with_end(work, pipeline_bound_s(problem))
+    return _with_end(work, pipeline_bound_s(problem), update_s)
 
 
-def likely_s(work: Work, problem: Problem) -> float:
+def likely_s(work: Work, problem: Problem, update_s: float | None = None) -> float:
     """With stages as equal as can be."""
-    return _with_end(work, _likely_pipeline_s(problem))
+    return _with_end(work, _likely_pipeline_s(problem), update_s)
 
 
 def _likely_pipeline_s(problem: Problem) -> float:
@@ -171,9 +174,9 @@ def _once(problem: Problem) -> float:
     return sum(part.forward + part.backward for part in parts)
 
 
-def _with_end(work: Work, pipeline_s: float) -> float:
+def _with_end(work: Work, pipeline_s: float, update_s: float | None) -> float:
     ranks, layers = work.division.pp, work.shape.num_layers // work.division.pp
     inner = (2 * layers,) * max(1, ranks - 2)
     stages = Split(inner if ranks == 1 else (0, *inner, 0)[:ranks])
     # What hides communication grows with the pipeline's time; twice of it is more than any candidate of use takes.
-    return pipeline_s + step_end(work, stages, pipeline_s=2 * pipeline_s).total_s
+    return pipeline_s + step_end(work, stages, pipeline_s=2 * pipeline_s, update_s=update_s).total_s

@@ -8,7 +8,7 @@ from skymoe.plan.emit.emit import emit
 from skymoe.plan.pipeline.problem import Answer
 from skymoe.plan.pipeline.solve import uniform
 from skymoe.plan.train.accuracy import accuracy_of
-from skymoe.plan.train.advice import no_layout, nothing_fits
+from skymoe.plan.train.advice import no_layout, nothing_runs
 from skymoe.plan.train.alternatives import other_dispatch, other_recompute, vocabulary_parallel, ways_of_tokens
 from skymoe.plan.train.asked import Asked, read_asked
 from skymoe.plan.train.config import PlanTrainConfig
@@ -48,7 +48,7 @@ def run(config: PlanTrainConfig) -> TrainPlan:
         raise no_layout(asked)
     searched = search(asked) if may_fit(asked) else None
     if searched is None or not searched.found:
-        raise nothing_fits(asked)
+        raise nothing_runs(asked, searched.refused if searched else ())
     others = other_dispatch(asked, searched.found[0])
     found = sorted([*searched.found, *others], key=order)
     return _report(asked, searched, found, others)
@@ -91,6 +91,7 @@ def _report(asked: Asked, searched: Searched, found: list[Found], others: list[F
             "legal": searched.legal,
             "divided": len(searched.found),
             "too_large": sum(one.why == "memory" for one in searched.refused),
+            "impossible": sum(one.why == "schedule" for one in searched.refused),
             "bounded": sum(one.why == "bound" for one in searched.refused),
             "estimated": sum(one.why == "estimate" for one in searched.refused),
         },

@@ -60,10 +60,11 @@ class Refused:
 
     Attributes:
         priced: the layout.
-        why: `memory`; `bound` (no division of it can matter), `estimate` (with equal stages it does not, which is no
-            proof).
+        why: `memory`; `schedule` (the solver takes no such pipeline); `bound` (no division of it can matter);
+            `estimate` (with equal stages it does not, which is no proof).
         reason: with numbers.
         need: bytes that a GPU would need, where memory is the reason.
+        hint: what would do, where the solver says it.
         best_s: no division of it is faster, in seconds; under `estimate`, the step with equal stages.
     """
 
@@ -72,6 +73,7 @@ class Refused:
     reason: str
     need: float = 0.0
     best_s: float = 0.0
+    hint: str = ""
 
     @property
     def candidate(self) -> Candidate:
@@ -195,8 +197,10 @@ def divide(priced: Priced, *, descents: int = DESCENTS) -> Found | Refused:
             return _too_large(priced, least, f"the leanest split, {_again(priced)},")
     try:
         answer = solve(priced.problem, descents)
-    except ConfigError:
-        return _too_large(priced, plain, f"the uniform split, {_again(priced)},")
+    except ConfigError as error:
+        if error.where == "memory":
+            return _too_large(priced, plain, f"the uniform split, {_again(priced)},")
+        return Refused(priced=priced, why="schedule", reason=error.what, best_s=priced.bound_s, hint=error.hint)
     return found_of(priced, answer)
 
 
@@ -206,7 +210,10 @@ def _again(priced: Priced) -> str:
 
 def found_of(priced: Priced, answer: Answer) -> Found:
     """With the end of the step."""
-    end = step_end(priced.work, answer.stages, pipeline_s=answer.makespan, schedule=priced.problem.schedule)
+    end = step_end(
+        priced.work, answer.stages, pipeline_s=answer.makespan, schedule=priced.problem.schedule,
+        update_s=priced.update_s,
+    )  # fmt: skip
     return Found(priced=priced, answer=answer, step_s=answer.makespan + end.total_s)
 
 

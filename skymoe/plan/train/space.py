@@ -72,7 +72,7 @@ def candidates(config: PlanTrainConfig, spec: ModelSpec, cluster: Cluster, seque
     """
     return [
         candidate
-        for pp, dp, tp in _divisions(config, spec, cluster)
+        for pp, dp, tp in divisions(config, spec, cluster)
         for expert, dispatch in _expert_ways(config, spec, dp, tp)
         for schedule, chunks in _schedules(config, spec, pp)
         for candidate in _micro_batches(config, sequences, pp, dp, tp, expert, dispatch, schedule, chunks)
@@ -96,7 +96,8 @@ def divisors(number: int) -> list[int]:
     return sorted({*small, *(number // d for d in small)})
 
 
-def _divisions(config: PlanTrainConfig, spec: ModelSpec, cluster: Cluster) -> Iterator[tuple[int, int, int]]:
+def divisions(config: PlanTrainConfig, spec: ModelSpec, cluster: Cluster) -> Iterator[tuple[int, int, int]]:
+    """pp, dp, tp."""
     for tp in divisors(config.gpus):
         if config.tp not in (None, tp) or not tp_fits(tp, spec, cluster):
             continue
