@@ -43,6 +43,8 @@ class Scheduler:
     Attributes:
         max_model_len: the same, or less where the cache holds less.
         chunk: tokens of a piece of a prompt.
+        max_running: requests that run at once: `max_batch`, or fewer, so that a piece always fits beside those that
+            decode; a prompt that was begun is read on in every step.
     """
 
     def __init__(
@@ -51,9 +53,10 @@ class Scheduler:
     ) -> None:  # fmt: skip
         self.chunk = chunk_size(config)
         self.max_model_len = min(max_model_len, num_pages * config.page_size)
+        self.max_running = min(config.max_batch, config.max_step_tokens - self.chunk + 1)
         self._config, self._eos_ids, self._vocab_size = config, tuple(eos_ids), vocab_size
         self._pages = PageTable(num_pages, config.page_size, share=config.prefix_cache)
-        self._batch = Batch(self._pages, min(config.max_batch, config.max_step_tokens))
+        self._batch = Batch(self._pages, self.max_running)
         self._requests: dict[str, Progress] = {}
         self._in_flight: Scheduled | None = None
         self._prompt_tokens = self._generation_tokens = self._num_steps = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from engine.paper_model import EOS, VOCABULARY, PaperModel, answer_alone, config_of, scheduler_of
+from engine.paper_model import EOS, VOCABULARY, PaperModel, answer_alone, scheduler_of
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,7 +15,7 @@ from skymoe.engine.output import Finish, TokenOutput
 from skymoe.engine.params import SamplingParams
 from skymoe.engine.request import Request, Sampled
 from skymoe.engine.scheduler import Scheduler
-from skymoe.engine.step_builder import MAX_PROMPT_ROWS, Scheduled, chunk_size
+from skymoe.engine.step_builder import MAX_PROMPT_ROWS, Scheduled
 
 
 def request(request_id: str, prompt: tuple[int, ...] | int, **params: Any) -> Request:
@@ -38,12 +38,16 @@ def settle(scheduler: Scheduler, scheduled: Scheduled | None, token: int = 9) ->
 
 
 def run(scheduler: Scheduler, model: PaperModel) -> dict[str, list[TokenOutput]]:
-    """Runs until nobody is left."""
+    """Runs until nobody is left; the news, in the order in which they ended."""
     news: dict[str, list[TokenOutput]] = {}
-    while (scheduled := scheduler.plan()) is not None:
+    for _ in range(10_000):
+        if (scheduled := scheduler.plan()) is None:
+            return news
         for output in scheduler.settle(scheduled, model.run(scheduled)):
             news.setdefault(output.request_id, []).append(output)
-    return news
+            if output.finish is not None:
+                news[output.request_id] = news.pop(output.request_id)
+    raise AssertionError("the requests do not end")
 
 
 def test_those_who_decode_come_first_then_prompts_in_the_order_of_arrival_as_far_as_the_step_takes() -> None:
@@ -95,18 +99,34 @@ def test_the_pieces_of_a_prompt_depend_on_the_prompt_alone(length, others, num_p
 
 
 @pytest.mark.parametrize(
-    ("fields", "chunk"),
+    ("fields", "chunk", "running"),
     [
-        ({"page_size": 16, "max_batch": 64, "max_step_tokens": 512}, 128),
-        ({"page_size": 48, "max_batch": 64, "max_step_tokens": 512}, 96),
-        ({"page_size": 16, "max_batch": 64, "max_step_tokens": 100}, 48),
-        ({"page_size": 16, "max_batch": 4, "max_step_tokens": 16}, 16),
-        ({"page_size": 256, "max_batch": 4, "max_step_tokens": 300}, 256),
-        ({"page_size": 1, "max_batch": 1, "max_step_tokens": 1}, 1),
+        ({"page_size": 16, "max_batch": 64, "max_step_tokens": 512}, 128, 64),
+        ({"page_size": 48, "max_batch": 64, "max_step_tokens": 512}, 96, 64),
+        ({"page_size": 16, "max_batch": 64, "max_step_tokens": 100}, 48, 53),
+        ({"page_size": 16, "max_batch": 4, "max_step_tokens": 16}, 16, 1),
+        ({"page_size": 16, "max_batch": 4096, "max_step_tokens": 512}, 128, 385),
+        ({"page_size": 256, "max_batch": 64, "max_step_tokens": 300}, 256, 45),
+        ({"page_size": 1, "max_batch": 1, "max_step_tokens": 1}, 1, 1),
     ],
 )
-def test_a_piece_is_whole_pages_and_fits_beside_a_full_batch(fields, chunk) -> None:
-    assert chunk_size(config_of(**fields)) == chunk
+def test_a_piece_is_whole_pages_and_fits_beside_a_full_batch(fields, chunk, running) -> None:
+    scheduler = scheduler_of(**fields)
+    assert (scheduler.chunk, scheduler.max_running) == (chunk, running)
+
+
+def test_a_prompt_is_read_on_in_every_step_however_many_decode() -> None:
+    scheduler = scheduler_of(max_batch=100, max_step_tokens=12)
+    assert (scheduler.chunk, scheduler.max_running) == (6, 7)
+    for number in range(6):
+        scheduler.add(request(f"{number}", (number,), max_tokens=60))
+    for name in ("long", "next"):
+        scheduler.add(request(name, 50))
+    for start in range(0, 50, 6):
+        scheduled = scheduler.plan()
+        assert ("long", start, min(start + 6, 50), int(start == 48)) in shape(scheduled)
+        settle(scheduler, scheduled)
+    assert scheduler.stats().num_running == 7 and scheduler.stats().num_waiting == 1
 
 
 def test_a_step_smaller_than_a_page_is_refused() -> None:
@@ -172,15 +192,8 @@ def test_the_last_to_arrive_makes_room_and_goes_on_where_it_was() -> None:
     requests = [request(name, size, max_tokens=20, seed=size) for name, size in zip("abc", (9, 8, 7), strict=True)]
     for one in requests:
         scheduler.add(one)
-    news: dict[str, list[TokenOutput]] = {}
-    ends = []
-    while (scheduled := scheduler.plan()) is not None:
-        stats = scheduler.stats()
-        assert stats.num_running == 0 or scheduler._batch.running[0].request.id == min(scheduler._requests)
-        for output in scheduler.settle(scheduled, model.run(scheduled)):
-            news.setdefault(output.request_id, []).append(output)
-            ends += [output.request_id] if output.finish else []
-    assert scheduler.stats().num_preemptions > 0 and ends == ["a", "b", "c"]
+    news = run(scheduler, model)
+    assert scheduler.stats().num_preemptions > 0 and list(news) == ["a", "b", "c"]
     for one in requests:
         assert [output.token_id for output in news[one.id]] == answer_alone(one, scheduler.chunk, 30)[0]
         assert [output.num_cached_tokens is None for output in news[one.id]] == [False] + [True] * 19
@@ -197,10 +210,10 @@ def test_a_request_that_fills_the_whole_cache_ends_among_others() -> None:
 
 
 def test_a_new_request_is_not_let_in_only_to_be_stopped() -> None:
-    scheduler = scheduler_of(num_pages=8, max_model_len=16)
+    scheduler = scheduler_of(num_pages=4)
     for name in "ab":
-        scheduler.add(request(name, (int(name, 16),) * 8, max_tokens=2))
-    assert [who for who, *_ in shape(scheduler.plan())] == ["a"]  # four pages are free, but then none would be left
+        scheduler.add(request(name, (int(name, 16),) * 4, max_tokens=3))
+    assert [who for who, *_ in shape(scheduler.plan())] == ["a"]  # two pages are free, but then none would be left
 
 
 @pytest.mark.parametrize(
