@@ -79,7 +79,7 @@ class Exchange:
         if self._data is None:
             return x_RV
         rows = x_RV.shape[0]
-        own = x_RV.reshape(-1)
+        own = x_RV.reshape(-1).contiguous()  # one column of a wider tensor is no row of memory
         sizes = [size * rows if self.rank == 0 else 0 for size in columns.sizes]
         heard = x_RV.new_empty(sum(sizes))
         self._data.alltoall_base(heard, own, sizes, [len(own)] + [0] * (self.size - 1)).wait()
