@@ -75,6 +75,18 @@ def test_layers_are_redistributed_as_in_the_authors_runs(thousand, sizes, sequen
     assert redistributed(shape, 8, sequence_length).sizes == sizes
 
 
+@pytest.mark.parametrize("sequence_length", [2048, 4096])
+def test_the_last_stage_is_as_long_as_the_longest_other_where_that_goes(sequence_length):
+    """10B, 16 stages, 128,000 entries: with two layers and a head of 2.2 to 2.4 nearest to 4; with one, it is 3.4."""
+    shape = case_model(CASES["vocabpar-4B-s2048-v256k-redis"]).shape
+    layer = shape.layers[0]
+    attention = replace(layer.attention, num_heads=32, num_kv_heads=32)
+    wide = replace(layer, attention=attention, ffn=replace(layer.ffn, inner=16384))
+    shape = replace(shape, hidden_size=4096, vocab_size=128_000, layers=(wide,) * 48)
+    assert redistributed(shape, 16, sequence_length).sizes == (3,) * 14 + (4, 2)
+    assert redistributed(replace(shape, vocab_size=32_000), 16, sequence_length).sizes == (3,) * 16
+
+
 def test_a_balanced_split_has_the_shortest_longest_stage():
     shape = replace(case_model(CASES["vocabpar-4B-s2048-v256k-redis"]).shape, vocab_size=128_000)
     assert balanced(shape, 8, 2048).sizes == (4, 4, 4, 4, 5, 5, 5, 1)

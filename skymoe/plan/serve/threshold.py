@@ -6,7 +6,7 @@ A layer is attention and then feed-forward, with an all-reduce after each, so th
     subject to sum a_g = H,  sum f_g = N,  a_g p + f_g q <= room_g
 
 a_g heads (or groups of them) and f_g feed-forward blocks (or experts) on GPU g, s and t the seconds of one, p and q the
-bytes. The two parts share nothing but memory. Exact by nested thresholds (research/planner.md 3.6): A and F can only be
+bytes. The two parts share nothing but memory. Exact by nested thresholds: A and F can only be
 u s_g and v t_g for whole u, v. For each A, smallest first, the smallest F that is possible is found by bisection; the
 search ends at A + F_min >= best. Whether (A, F) is possible is a max-plus sum over GPUs of "with a heads there, at most
 so many blocks": H x GPUs array operations. Among the fastest divisions the most even one that single moves reach is
