@@ -134,7 +134,7 @@ def _inverse(weights_BV: Tensor, uniforms: Sequence[float]) -> Tensor:
     """For each row the first id (B,) at which the running sum of weights passes u times their total."""
     sums_BV = weights_BV.cumsum(-1)
     u_B1 = torch.tensor(uniforms, dtype=torch.float64, device=weights_BV.device)[:, None]
-    total_B1 = sums_BV[:, -1:]
+    total_B1 = sums_BV[:, -1:].contiguous()
     last_B1 = torch.searchsorted(sums_BV, total_B1, right=False)  # the last with a weight: u * total can round to total
     return torch.minimum(torch.searchsorted(sums_BV, u_B1 * total_B1, right=True), last_B1).flatten()
 
