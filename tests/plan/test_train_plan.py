@@ -73,11 +73,31 @@ def test_runners_up_are_slower_and_say_why(report: TrainPlan) -> None:
     assert speeds[0] <= search.best.tokens_per_s_per_gpu
     assert all("%" in row.reason and " s" in row.reason for row in search.candidates)
     assert any("memory short by" in one.reason for one in search.rejected)
+    mixed = plan(gpus=16, top=1)
+    left_out = [one for one in mixed.rejected if one.why == "estimate"]
+    assert left_out and all("s a step with equal stages: most is lost to" in one.reason for one in left_out)
+    assert {one.layout.schedule for one in left_out} <= {"zbv", "interleaved"}
+    assert len(left_out) <= mixed.examined["estimated"]
     memory, speed = zip(*((row.memory_gb, row.tokens_per_s_per_gpu) for row in search.pareto), strict=True)
     assert list(memory) == sorted(memory, reverse=True)
     assert list(speed) == sorted(speed, reverse=True)
     seen = search.examined
     assert seen["legal"] == sum(seen[name] for name in ("divided", "bounded", "estimated", "too_large"))
+
+
+def test_beside_half_layers_stands_what_other_programs_run(report: TrainPlan) -> None:
+    """The best of whole layers under 1F1B, as a plan of its own finds it; nothing where that is the answer."""
+    fixed: dict[str, Any] = {"pp": 5, "tp": 2, "gpus": 20, "micro_batch": 1}
+    halves = plan(**fixed, schedule="zbv")
+    plain = plan(**fixed, schedule="1f1b", whole_layers=True)
+    assert plain.portable is None
+    assert halves.portable is not None
+    assert halves.portable.split == plain.best.split
+    assert halves.portable.step_time_s == pytest.approx(plain.best.step_time_s)
+    assert halves.as_json()["portable"]["layout"]["schedule"] == "1f1b"
+    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    show(halves, console)
+    assert "--schedule 1f1b --whole-layers" in console.export_text()
 
 
 def test_recompute_as_asked() -> None:

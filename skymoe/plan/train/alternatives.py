@@ -9,9 +9,9 @@ from skymoe.plan.pipeline.solve import with_vocabulary_parallel
 from skymoe.plan.train.asked import Asked
 from skymoe.plan.train.priced import price
 from skymoe.plan.train.result import Alternative
-from skymoe.plan.train.search import GB, Found, divide
+from skymoe.plan.train.search import GB, Found, divide, search
 from skymoe.plan.work import Recompute
-from skymoe.spec.layout import DispatchMode
+from skymoe.spec.layout import DispatchMode, ScheduleKind
 
 
 def other_dispatch(asked: Asked, best: Found) -> list[Found]:
@@ -36,6 +36,16 @@ def ways_of_tokens(best: Found, found: Sequence[Found]) -> tuple[Alternative, ..
         for one in found
         if one is not best
     )
+
+
+def portable(asked: Asked, best: Found) -> Found | None:
+    """The best layout with whole layers under 1F1B, which any program for training runs; None where `best` is that."""
+    own = best.answer.stages.sizes
+    if best.candidate.schedule is ScheduleKind.ONE_F_ONE_B and not any(size % 2 for size in own):
+        return None
+    plain = asked.config.replace(schedule=ScheduleKind.ONE_F_ONE_B, chunks=None, whole_layers=True, top=1)
+    found = search(replace(asked, config=plain)).found
+    return found[0] if found else None
 
 
 def vocabulary_parallel(best: Found) -> Alternative | None:

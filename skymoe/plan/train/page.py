@@ -175,6 +175,19 @@ def _beyond(report: TrainPlan) -> Section:
         )
         for one in others
     ]  # fmt: skip
+    if (plain := report.portable) is not None:
+        gain = plain.tokens_per_s_per_gpu / report.best.tokens_per_s_per_gpu - 1
+        note = f"{plain.layout.words}, split {' '.join(f'{size:g}' for size in plain.split)}; other programs run it too"
+        lines.insert(
+            0,
+            (
+                "whole layers, 1F1B",
+                f"{plain.tokens_per_s_per_gpu:,.0f}",
+                f"{100 * gain:+.1f} %",
+                f"{plain.memory_gb:.1f}",
+                note,
+            ),
+        )
     head = ("change", "tokens/s per GPU", "gain", "GB", "note")
     return Section(title="Beyond the plan", body=(rows(head, lines, "Alternatives"),))
 

@@ -170,6 +170,8 @@ class TrainPlan:
         candidates: the runners-up.
         rejected: what was left out, and why.
         pareto: memory against speed, among everything that was timed.
+        portable: the best layout with whole layers under 1F1B, which other programs run too; None where that is the
+            answer, or nothing of the kind fits.
         vocabulary_parallel, alternatives: what would change beyond that.
         examined: how many layouts there are, and what was done with them.
         assumptions: what nobody said.
@@ -197,6 +199,7 @@ class TrainPlan:
     candidates: tuple[Row, ...]
     rejected: tuple[Rejected, ...]
     pareto: tuple[Row, ...]
+    portable: Row | None
     vocabulary_parallel: Alternative | None
     alternatives: tuple[Alternative, ...]
     examined: Mapping[str, int]

@@ -9,7 +9,13 @@ from skymoe.plan.pipeline.problem import Answer
 from skymoe.plan.pipeline.solve import uniform
 from skymoe.plan.train.accuracy import accuracy_of
 from skymoe.plan.train.advice import no_layout, nothing_runs
-from skymoe.plan.train.alternatives import other_dispatch, other_recompute, vocabulary_parallel, ways_of_tokens
+from skymoe.plan.train.alternatives import (
+    other_dispatch,
+    other_recompute,
+    portable,
+    vocabulary_parallel,
+    ways_of_tokens,
+)  # fmt: skip
 from skymoe.plan.train.asked import Asked, read_asked
 from skymoe.plan.train.config import PlanTrainConfig
 from skymoe.plan.train.estimate import Estimate
@@ -85,6 +91,7 @@ def _report(asked: Asked, searched: Searched, found: list[Found], others: list[F
         candidates=_runners_up(found, planned, config.top),
         rejected=_rejected(searched),
         pareto=tuple(row(one, planned) for one in pareto(found)),
+        portable=None if (other := portable(asked, best)) is None else row(other, planned),
         vocabulary_parallel=vocabulary_parallel(best) if config.vocabulary_parallel else None,
         alternatives=(*ways_of_tokens(best, (searched.found[0], *others)), *other_recompute(asked, best)),
         examined={

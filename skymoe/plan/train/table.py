@@ -118,6 +118,11 @@ def _notes(report: TrainPlan) -> list[str]:
         f"{seen['estimated']} left out by an estimate, {seen['too_large']} too large."
     ]
     others = [report.vocabulary_parallel] if report.vocabulary_parallel is not None else []
+    if (plain := report.portable) is not None:
+        lines.append(
+            f"with whole layers under 1F1B, which other programs run too (--schedule 1f1b --whole-layers): "
+            f"{plain.tokens_per_s_per_gpu:,.0f} tokens/s per GPU, {plain.layout.words}, split {counts(plain.split)}."
+        )
     lines += [f"{other.what}: {other.gain:+.1%} ({other.note})." for other in (*others, *report.alternatives)]
     nearest = [f"{one.layout.words}: {one.reason}" for one in report.rejected if one.why == "memory"][:3]
     lines += [f"does not fit: {line}." for line in nearest]
