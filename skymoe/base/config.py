@@ -70,19 +70,24 @@ def read_config(
     return _validate(cls, document, str(path or COMMAND_LINE))
 
 
-def check_config(cls: type[C], options: Mapping[str, Any], overrides: Sequence[str] = (), *, flags: bool = False) -> C:
+def check_config(
+    cls: type[C], options: Mapping[str, Any], overrides: Sequence[str] = (), *, flags: bool | Mapping[str, str] = False
+) -> C:
     """The config that command-line options and `key=value` give together. Neither files nor the environment take part.
 
     Args:
         cls: which config.
         options: by key.
         overrides: `key.sub=value`; the value is read like YAML.
-        flags: the flag of every option is called as its key, so that errors can name it: `--micro-batch`.
+        flags: the flag of every option is called as its key, so that errors can name it: `--micro-batch`; but for those
+            that a mapping names.
 
     Raises:
         ConfigError: as `read_config`.
     """
-    places: dict[Key, str] = {(name,): f"--{name.replace('_', '-')}" for name in options} if flags else {}
+    others = flags if isinstance(flags, Mapping) else {}
+    named = options if flags is not False else ()
+    places: dict[Key, str] = {(name,): others.get(name, f"--{name.replace('_', '-')}") for name in named}
     document = Document(dict(options), {(): COMMAND_LINE, **places})
     for text in overrides:
         document = _override(document, text, COMMAND_LINE)

@@ -65,7 +65,7 @@ def pipeline(
         chunks=chunks, recompute=recompute, vocabulary_parallel=vocabulary_parallel,
     )  # fmt: skip
     options |= {name: read_amounts(str(text), f"--{name}") for name, text in lists.items()}
-    config = check_config(PipelineConfig, options, extra or ())
+    config = check_config(PipelineConfig, options, extra or (), flags={"units_per_layer": "--halves"})
     from skymoe.base.files import refuse_no_file, write_atomic
     from skymoe.plan.pipeline.run import run
     from skymoe.plan.pipeline.table import show

@@ -53,7 +53,7 @@ def serve(
         split=split or None, reserve=reserve, rotate=rotate, experts=experts, objective=objective, engine=engine,
         price=price, compare=compare, save=save, html=html,
     )  # fmt: skip
-    config = check_config(PlanServeConfig, options)
+    config = check_config(PlanServeConfig, options, flags=True)
     from skymoe.plan.serve.run import run
     from skymoe.plan.serve.table import show
 

@@ -33,7 +33,7 @@ def validate(
         cases=cases, groups=tuple(group) if group else None, worst=worst, write_docs=write_docs,
         write_accuracy=write_accuracy,
     )  # fmt: skip
-    config = check_config(ValidateConfig, options)
+    config = check_config(ValidateConfig, options, flags={"groups": "--group"})
     report = run(config)
     if as_json:
         print_json(report.as_json(worst=config.worst))

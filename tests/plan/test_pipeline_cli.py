@@ -68,22 +68,33 @@ def test_the_table_has_both_divisions_and_the_proof() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--forward", "1x24", "--backward", "2", "--stages", "27"], "at most 24 stages"),
+        (["--forward", "1x24", "--backward", "2", "--stages", "27"], "--stages: 27 stages for 24 units"),
         (["--forward", "1,1", "--backward", "2", "--stages", "4", "--head-forward", "1"], "at most 3 stages"),
         (["--forward", "1x4", "--backward", "2", "--stages", "3", "--halves", "--whole-layers"], "may cut layers"),
-        (["--forward", "1e308x4", "--backward", "1", "--stages", "2"], "forward.0: input should be less than or equal"),
-        (["--forward", "1x4", "--backward", "1", "--stages", "2", "--hop", "1e308"], "hop: input should be less than"),
-        (["--forward", "1x4", "--backward", "1", "--stages", "2", "--memory", "1e308"], "memory: input should be less"),
+        (["--forward", "1e308x4", "--backward", "1", "--stages", "2"], "--forward: input should be less than or equal"),
+        (
+            ["--forward", "1x4", "--backward", "1", "--stages", "2", "--hop", "1e308"],
+            "--hop: input should be less than",
+        ),
+        (
+            ["--forward", "1x4", "--backward", "1", "--stages", "2", "--memory", "1e308"],
+            "--memory: input should be less",
+        ),
         (["--forward", "1x24", "--backward", "-2", "--stages", "4"], "backward"),
-        (["--forward", "1,1", "--backward", "2,2,2", "--stages", "2"], "3 values for 2 units"),
+        (["--forward", "1,1", "--backward", "2,2,2", "--stages", "2"], "--backward: 3 values for 2 units"),
         (["--forward", "1x5000", "--backward", "2", "--stages", "2"], "more than 4096 units"),
         (["--forward", "1x", "--backward", "2", "--stages", "2"], "VALUExCOUNT"),
         (["--forward", "one", "--backward", "2", "--stages", "2"], "expected a number"),
         (["--forward", "inf", "--backward", "2", "--stages", "2"], "finite"),
-        (["--forward", "1x24", "--backward", "2", "--stages", "4", "--schedule", "gpipe"], "1f1b"),
+        (
+            ["--forward", "1x24", "--backward", "2", "--stages", "4", "--schedule", "gpipe"],
+            "--schedule: expected '1f1b'",
+        ),
+        (["--forward", "1x4", "--backward", "1", "--stages", "2", "--head-forward", "-1"], "--head-forward: input"),
+        (["--forward", "1x4", "--backward", "1", "--stages", "2", "--chunks", "2"], "--chunks: 1f1b has 1 stage"),
         (
             ["--forward", "1x24", "--backward", "2", "--stages", "4", "--activation", "1", "--memory", "0.5"],
-            "memory of 1",
+            "--memory: no division of 24 units over 4 stages fits memory 0.5",
         ),
     ],
 )

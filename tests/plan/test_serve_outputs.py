@@ -40,3 +40,17 @@ def test_the_command_writes_the_page(tmp_path):
     result = CliRunner().invoke(app, [*given, "--html", str(page), "--json"])
     assert result.exit_code == 0 and json.loads(result.output)["fits"]
     assert page.read_text().startswith("<!doctype html>")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--gpus", "8xrtx4091"], "--gpus: there is no GPU"),
+        (["--gpus", "8xrtx4090", "--engine", "vlm"], "--engine: there is no engine"),
+        (["--gpus", "8xrtx4090", "--price", "-1"], "--price: input should be greater than 0"),
+        (["--gpus", "8xrtx4090", "--weights", "fp7"], "--weights: expected 'fp32'"),
+    ],
+)
+def test_errors_name_the_flag(options, said):
+    refused = CliRunner().invoke(app, ["serve", "--model", "skywork-moe", *options]).exception
+    assert isinstance(refused, ConfigError) and said in str(refused)

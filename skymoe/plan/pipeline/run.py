@@ -19,6 +19,11 @@ from skymoe.plan.pipeline.vocabulary import with_vocabulary_parallel
 from skymoe.spec.layout import ScheduleKind
 
 SCHEMA = "skymoe.plan.pipeline/1"
+_FLAGS = {
+    "units": "--forward", "stages": "--stages", "micro-batches": "--microbatches", "chunks": "--chunks",
+    "memory": "--memory", "hop": "--hop", "parallel.schedule": "--schedule",
+}  # fmt: skip
+"""What the solver calls an input, and what the user typed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,8 +107,16 @@ def run(config: PipelineConfig) -> PipelineReport:
     """Divide the pipeline; print it with `skymoe.plan.pipeline.table.show`, or `report.as_json()`.
 
     Raises:
-        ConfigError: impossible numbers, or nothing fits; the hint says what would.
+        ConfigError: impossible numbers, or nothing fits; it names the flag, and the hint says what would.
     """
+    try:
+        return _report(config)
+    except ConfigError as error:
+        flag = _FLAGS.get(error.where, error.where)
+        raise ConfigError(error.what, where=flag, why=error.why, hint=error.hint) from error
+
+
+def _report(config: PipelineConfig) -> PipelineReport:
     problem = problem_from(config)
     check(problem)
     other = with_vocabulary_parallel(problem)
@@ -161,7 +174,7 @@ def _for_all(values: tuple[float, ...], count: int, name: str) -> tuple[float, .
         return values * count
     if len(values) != count:
         raise ConfigError(
-            f"{len(values)} values for {count} units", where=name, hint=f"one value for all of them, or {count}"
+            f"{len(values)} values for {count} units", where=f"--{name}", hint=f"one value for all of them, or {count}"
         )
     return values
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from skymoe.base.errors import ConfigError, printable
 from skymoe.plan.hardware.catalogue import parse_gpus
@@ -18,6 +19,8 @@ from skymoe.plan.serve.pieces import Wish, countable, nearest
 from skymoe.plan.serve.workload import Workload
 from skymoe.plan.shape import shape_of
 from skymoe.spec.named import read_model
+
+T = TypeVar("T")
 
 _CONTEXT = 4096
 _STORED: Mapping[str, tuple[float, Precision]] = {
@@ -53,7 +56,7 @@ def read_asked(config: PlanServeConfig) -> Asked:
     Raises:
         ConfigError, FormatError: no such model, GPU or engine; a context or a split that cannot be.
     """
-    gpus, engine = parse_gpus(config.gpus), find_engine(config.engine)
+    gpus, engine = _of("--gpus", parse_gpus, config.gpus), _of("--engine", find_engine, config.engine)
     spec = read_model(config.model)
     weight_bytes, compute = _STORED[config.weights]
     served = Served(
@@ -79,6 +82,14 @@ def read_asked(config: PlanServeConfig) -> Asked:
             fixed=_fixed(config, served, len(gpus)),
         ),
     )  # fmt: skip
+
+
+def _of(flag: str, read: Callable[[str], T], text: str) -> T:
+    """What the value of `flag` names; errors name the flag."""
+    try:
+        return read(text)
+    except ConfigError as error:
+        raise ConfigError(error.what, where=flag, why=error.why, hint=error.hint) from error
 
 
 def check_length(asked: Asked) -> None:
