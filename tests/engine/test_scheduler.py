@@ -188,16 +188,17 @@ def test_without_the_prefix_cache_nothing_is_looked_up() -> None:
 
 
 def test_the_last_to_arrive_makes_room_and_goes_on_where_it_was() -> None:
-    scheduler, model = scheduler_of(num_pages=20, max_model_len=30), PaperModel(2)
-    requests = [request(name, size, max_tokens=20, seed=size) for name, size in zip("abc", (9, 8, 7), strict=True)]
+    scheduler, model = scheduler_of(num_pages=20), PaperModel(2)
+    requests = [request(name, size, max_tokens=20, seed=size) for name, size in zip("abc", (9, 10, 11), strict=True)]
     for one in requests:
         scheduler.add(one)
     news = run(scheduler, model)
     assert scheduler.stats().num_preemptions > 0 and list(news) == ["a", "b", "c"]
     for one in requests:
-        assert [output.token_id for output in news[one.id]] == answer_alone(one, scheduler.chunk, 30)[0]
+        assert [output.token_id for output in news[one.id]] == answer_alone(one, scheduler.chunk, 40)[0]
         assert [output.num_cached_tokens is None for output in news[one.id]] == [False] + [True] * 19
-    assert scheduler.stats().generation_tokens == 60 and scheduler.stats().prompt_tokens == 24
+    assert scheduler.stats().generation_tokens == 60 and scheduler.stats().prompt_tokens == 30
+    assert scheduler.stats().prefix_queries == 30  # not again when they go on
 
 
 def test_a_request_that_fills_the_whole_cache_ends_among_others() -> None:

@@ -185,7 +185,7 @@ class Traffic(RuleBasedStateMachine):
 
 
 TestTraffic = Traffic.TestCase
-TestTraffic.settings = settings(max_examples=80, stateful_step_count=60, deadline=None)
+TestTraffic.settings = settings(max_examples=60, stateful_step_count=50, deadline=None)
 
 
 def random_request(rng: random.Random, request_id: str, longest: int) -> Request:
