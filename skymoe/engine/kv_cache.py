@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from skymoe.engine.step import StepPlan
-from skymoe.ops.paged import PagedBatch, reference_attention
+from skymoe.ops.paged import PagedBatch, paged_attention
+from skymoe.ops.paged_store import PagedStore
 
 
 def paged_batch(step: StepPlan, page_size: int, device: torch.device | str = "cpu") -> PagedBatch:
@@ -23,7 +24,7 @@ def bytes_per_token(kv_heads_per_layer: Sequence[int], head_dim: int, kv_dtype: 
 
 
 class PagedCache:
-    """Keys and values by layer, head and slot.
+    """Keys and values by layer.
 
     Args:
         kv_heads_per_layer: key/value heads of this rank; a layer may have none.
@@ -36,15 +37,21 @@ class PagedCache:
         self, kv_heads_per_layer: Sequence[int], num_pages: int, page_size: int, head_dim: int, kv_dtype: torch.dtype,
         device: torch.device | str = "cpu",
     ) -> None:  # fmt: skip
-        self.page_size = page_size
-        slots = num_pages * page_size
-        self._k = [torch.zeros(heads, slots, head_dim, dtype=kv_dtype, device=device) for heads in kv_heads_per_layer]
-        self._v = [torch.zeros_like(k) for k in self._k]
+        self.num_pages, self.page_size = num_pages, page_size
+        self._keys, self._values = (
+            [PagedStore(heads, num_pages, page_size, head_dim, kv_dtype, device) for heads in kv_heads_per_layer]
+            for _ in range(2)
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory taken: `bytes_per_token` times pages times the tokens of a page."""
+        return sum(store.num_bytes for store in (*self._keys, *self._values))
 
     def write(self, layer: int, k_NGC: Tensor, v_NGC: Tensor, slots_N: Tensor) -> None:
-        """Put the keys and values of a step into their slots; before `attend`."""
-        self._k[layer].index_copy_(1, slots_N, k_NGC.transpose(0, 1).to(self._k[layer].dtype))
-        self._v[layer].index_copy_(1, slots_N, v_NGC.transpose(0, 1).to(self._v[layer].dtype))
+        """Put the keys and values of a step into their slots, `PagedBatch.slots_N`; before `attend`."""
+        self._keys[layer].write(k_NGC, slots_N)
+        self._values[layer].write(v_NGC, slots_N)
 
     def attend(
         self, layer: int, q_NHC: Tensor, batch: PagedBatch, *, kv_of_head: Sequence[int] | None = None,
@@ -59,8 +66,8 @@ class PagedCache:
             kv_of_head: which of this rank's key/value heads each query head reads; None: H/G consecutive heads each.
             window: a row sees the last `window` positions, itself included.
         """
-        num_heads, groups = q_NHC.shape[1], len(self._k[layer])
+        keys, values, num_heads = self._keys[layer], self._values[layer], q_NHC.shape[1]
         if kv_of_head is None:
-            assert not num_heads or num_heads % groups == 0, "say which key/value head each query head reads"
-            kv_of_head = [head * groups // num_heads for head in range(num_heads)]
-        return reference_attention(q_NHC, self._k[layer], self._v[layer], batch, kv_of_head, window)
+            assert not num_heads or num_heads % keys.num_heads == 0, "say which key/value head each query head reads"
+            kv_of_head = [head * keys.num_heads // num_heads for head in range(num_heads)]
+        return paged_attention(q_NHC, keys, values, batch, tuple(kv_of_head), window)
