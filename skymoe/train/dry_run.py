@@ -26,6 +26,7 @@ from skymoe.spec.timeline import layout_fields
 from skymoe.train.build import resolve_spec
 from skymoe.train.config import TrainConfig
 from skymoe.train.dry_run_result import DryRunReport, GroupFigures, RankFigures, StageFigures
+from skymoe.train.planned_batch import warn_of_other_batch
 from skymoe.train.ranks import micro_batches
 from skymoe.weights.buffers import torch_dtype
 from skymoe.weights.slices import Slice, owned_slices, volume
@@ -42,6 +43,7 @@ def dry_run(config: TrainConfig, *, world_size: int, rank: int = 0) -> DryRunRep
     layout = layout_of(config.parallel, spec, world_size=world_size, recompute=config.recompute)
     coordinate = layout.coordinate(rank)
     micro_sequences, num_micro = _micro_batches(config, layout)
+    warn_of_other_batch(config, layout)
     if world_size == 1:
         figures = _rank_figures(config, spec, single_mesh(layout, torch.device("meta")), micro_sequences)
     else:

@@ -21,6 +21,7 @@ from skymoe.train.engine import Engine, SingleEngine
 from skymoe.train.guard import Guard
 from skymoe.train.objective import Objective
 from skymoe.train.optim import Optimizer
+from skymoe.train.planned_batch import warn_of_other_batch
 from skymoe.train.ranks import RanksEngine, micro_batches
 from skymoe.train.state import TrainState
 from skymoe.train.throughput import Machine, describe_machine
@@ -33,6 +34,8 @@ def find_mesh(config: TrainConfig, spec: ModelSpec, world: World) -> Mesh | None
     if not world.is_distributed:
         return None
     check_micro_batches(layout, micro_batches(config.batch, layout))
+    if world.rank == 0:
+        warn_of_other_batch(config, layout)
     return build_mesh(layout, world.device)
 
 

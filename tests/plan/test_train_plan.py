@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from skymoe.base.config import check_config
 from skymoe.base.errors import ConfigError
+from skymoe.base.log import logger
 from skymoe.cli import app
 from skymoe.plan.train.config import PlanTrainConfig
 from skymoe.plan.train.files import write_files
@@ -202,6 +203,23 @@ def test_training_replays_the_plan(tmp_path: Path, schedule: str) -> None:
     assert built[0].layout["split"] == list(report.best.split)
     assert built[0].layout["schedule"] == schedule
     assert [one.rank.pp for one in built] == [0, 1]
+
+
+def test_training_says_that_its_batch_is_not_the_planned_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logger, "propagate", True)
+    config, trained = small(tmp_path, gpus=2, pp=2)
+    write_files(config, run(config))
+    with caplog.at_level("WARNING", logger="skymoe"):
+        dry_run(trained, world_size=2)
+        assert not caplog.records
+        batch = trained.batch.replace(sequences=16, micro_sequences=2)
+        dry_run(trained.replace(batch=batch), world_size=2)
+    (record,) = caplog.records
+    told = record.getMessage()
+    assert "batch.sequences is 16, planned was 8; batch.micro_sequences is 2, planned was 1" in told
+    assert "sequence_length" not in told
 
 
 @pytest.mark.slow
