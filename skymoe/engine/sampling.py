@@ -78,7 +78,7 @@ class Sampler:
         drawn: dict[int, int] = {}
         for (temperature, top_k, top_p, min_p), members in groups.items():
             for block in _blocks(members, self.vocab_size):
-                logits_BV = torch.stack([changed[r] if r in changed else logits_RV[r] for r in block])
+                logits_BV = _gathered(logits_RV, changed, block)
                 if temperature == 0:
                     ids = logits_BV.argmax(-1)  # the first of equals
                 else:
@@ -128,6 +128,13 @@ def uniform(seed: int, index: int) -> float:
     key = np.array([seed, _STREAM], dtype=np.uint64)
     bits = int(np.random.Philox(key=key, counter=index).random_raw())
     return ((bits >> 12) + 0.5) * 2.0**-52
+
+
+def _gathered(logits_RV: Tensor, changed: dict[int, Tensor], block: Sequence[int]) -> Tensor:
+    """The rows of a block; the tensor itself, not a copy, where they are neighbours and none is changed."""
+    if block[-1] - block[0] == len(block) - 1 and not any(r in changed for r in block):
+        return logits_RV[block[0] : block[-1] + 1]
+    return torch.stack([changed[r] if r in changed else logits_RV[r] for r in block])
 
 
 def _inverse(weights_BV: Tensor, uniforms: Sequence[float]) -> Tensor:
