@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from skymoe.cli.options import AsJson, Overrides, Quiet, Seed, Verbose, given
+from skymoe.cli.options import AsJson, Overrides, PlanFile, Quiet, Seed, Split, Verbose, given
+
+if TYPE_CHECKING:
+    from skymoe.generate.config import GenerateConfig
 
 
 def demo(
@@ -97,7 +100,16 @@ def _check_dry_run(dry_run: bool, world_size: int | None, rank: int | None) -> N
 
 def generate(
     model: Annotated[Path, typer.Argument(help="A Hugging Face directory with tokenizer.json.")],
-    prompt: Annotated[str, typer.Argument(metavar="TEXT", help="The text to continue; - reads standard input.")],
+    prompt: Annotated[
+        str | None, typer.Argument(metavar="TEXT", help="The text to continue; - reads standard input.")
+    ] = None,
+    input: Annotated[
+        Path | None, typer.Option(help="Many prompts: JSON Lines; see docs/generate_batch.md. Needs --output.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Where the answers go. The same command goes on where it was stopped.")
+    ] = None,
+    overwrite: Annotated[bool | None, typer.Option("--overwrite", help="Begin the output anew.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="The most tokens to write.")] = None,
     temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest token.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Sample among the k likeliest; 0 among all.")] = None,
@@ -105,22 +117,42 @@ def generate(
     seed: Seed = None,
     ignore_eos: Annotated[bool | None, typer.Option("--ignore-eos", help="Go on after the end of the text.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Load the weights in this format.")] = None,
-    device: Annotated[str | None, typer.Option(help="A torch device: cpu, cuda:0.")] = None,
+    device: Annotated[str | None, typer.Option(help="A torch device: cpu, cuda:0; with --input: cpu, cuda.")] = None,
+    tp: Annotated[int | None, typer.Option(help="With --input: ranks to divide the model over.")] = None,
+    split: Split = None,
+    plan: PlanFile = None,
+    extra: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="With --input: any key, as engine.max_batch.")
+    ] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Continue a text, token by token."""
+    """Continue a text, token by token; or many of them, from a file into a file."""
     from skymoe.base.config import check_config
-    from skymoe.base.log import logger
-    from skymoe.cli.console import print_json
-    from skymoe.generate.config import GenerateConfig
+    from skymoe.base.errors import ConfigError
 
     options = given(
         model=model, prompt=prompt, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
         seed=seed, ignore_eos=ignore_eos, dtype=dtype, device=device,
     )  # fmt: skip
-    config = check_config(GenerateConfig, options)
+    many = given(input=input, output=output, overwrite=overwrite, tp=tp, split=split, plan=plan, extra=extra)
+    if input is not None:
+        if prompt is not None:
+            raise ConfigError("either a text or --input, not both")
+        _generate_many(options, many, as_json=as_json)
+    if many:
+        raise ConfigError(f"--{'set' if 'extra' in many else next(iter(many))} belongs to --input")
+    if prompt is None:
+        raise ConfigError("what is to be continued?", hint='skymoe generate DIR "Once upon a time", or --input FILE')
+    from skymoe.generate.config import GenerateConfig
+
+    _generate_one(check_config(GenerateConfig, options), as_json=as_json)
+
+
+def _generate_one(config: GenerateConfig, *, as_json: bool) -> None:
+    from skymoe.base.log import logger
+    from skymoe.cli.console import print_json
     from skymoe.data.text_stream import for_terminal
     from skymoe.generate.run import run
 
@@ -132,6 +164,22 @@ def generate(
     print()
     sys.stdout.flush()
     logger.info(f"{len(result.token_ids)} tokens, {result.tokens_per_s:.1f} tokens/s, seed {result.seed}")
+
+
+def _generate_many(options: dict[str, object], many: dict[str, object], *, as_json: bool) -> NoReturn:
+    from skymoe.base.config import check_config
+    from skymoe.cli.console import print_json, print_report
+    from skymoe.generate.config import BatchConfig
+
+    taken = {**options, **many}
+    extra = taken.pop("extra", ())
+    engine = {name: taken.pop(name) for name in ("model", "dtype", "device", "tp", "split", "plan") if name in taken}
+    config = check_config(BatchConfig, {**taken, "engine": engine}, extra)  # type: ignore[arg-type]
+    from skymoe.generate.batch import run
+
+    result = run(config)
+    print_json(result) if as_json else print_report(result)
+    raise typer.Exit(result.exit_code)
 
 
 def inspect(

@@ -5,6 +5,7 @@ Options have no defaults on the command line: what is not given is left to the j
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -27,6 +28,11 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show warnings only."
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show details.", callback=_verbose)]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Change single keys.")]
 Extra = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other key of the Config.")]
+Split = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=A,B,..", help="Units per rank: heads=5,5,4, ffn=.., experts=..; or weights=3,1."),
+]
+PlanFile = Annotated[Path | None, typer.Option(help="A serving plan of `skymoe plan serve --save`.")]
 Seed = Annotated[int | None, typer.Option(help="The same seed gives the same result.")]
 
 

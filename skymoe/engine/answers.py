@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 
 from skymoe.base.errors import ConfigError
@@ -63,7 +63,7 @@ class Desk:
         self._numbers = itertools.count()
         self._lock = threading.Lock()
 
-    def answer(self, jobs: Iterable[Job]) -> Iterator[list[News]]:
+    def answer(self, jobs: Iterable[Job]) -> Generator[list[News]]:
         """News of all jobs, in the steps in which they come. A job that cannot be answered has Finish.ERROR.
 
         Raises:

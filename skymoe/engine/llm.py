@@ -13,7 +13,8 @@ on the prompts beside it, nor on the number of ranks as long as no two tokens ar
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -115,7 +116,7 @@ class LLM:
         texts, prompts = zip(*map(self.chat_prompt, several), strict=True) if several else ((), ())
         return self._complete(list(prompts), list(texts), params, n, progress)
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[TextDelta]:
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[TextDelta]:
         """Answer one prompt piece by piece. Closing the iterator ends the request.
 
         Raises:
@@ -124,9 +125,9 @@ class LLM:
         """
         ids, params = self.encode(prompt), params or SamplingParams()
         self._engine.check(ids, params)
-        return (news.delta for step in self.answer([Job(0, ids, params)]) for news in step)
+        return self._deltas(Job(0, ids, params))
 
-    def answer(self, jobs: Iterable[Job]) -> Iterator[list[News]]:
+    def answer(self, jobs: Iterable[Job]) -> Generator[list[News]]:
         """Answer prompts as they come, in the steps in which news come: what the methods above are made of.
 
         Raises:
@@ -162,6 +163,12 @@ class LLM:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _deltas(self, job: Job) -> Generator[TextDelta]:
+        with closing(self.answer([job])) as steps:
+            for step in steps:
+                for news in step:
+                    yield news.delta
 
     def _complete(
         self,
