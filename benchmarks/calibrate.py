@@ -28,7 +28,8 @@ from skymoe.plan.train.stages import stage_times
 from skymoe.plan.validate.cases import Case, NotJudgedError, read_cases
 from skymoe.plan.validate.compare import measured_step_s
 from skymoe.plan.validate.mappings import with_mappings
-from skymoe.plan.validate.predict import Prediction, predict, published_prices
+from skymoe.plan.validate.predict import Prediction, predict
+from skymoe.plan.validate.published import published_prices
 
 FAMILIES: Mapping[str, Sequence[str]] = {
     "A100, A800": ("a100-80g", "a100-40g", "a800-80g"),

@@ -15,7 +15,8 @@ from skymoe.plan.validate.cases import read_cases
 from skymoe.plan.validate.config import ValidateConfig
 from skymoe.plan.validate.conventions import Convention, convention_of, counted_flops
 from skymoe.plan.validate.gains import wrong_signs
-from skymoe.plan.validate.layouts import case_again, case_layout
+from skymoe.plan.validate.layouts import case_layout
+from skymoe.plan.validate.levels import case_again
 from skymoe.plan.validate.machines import case_cluster, catalogue_name
 from skymoe.plan.validate.models import case_model
 from skymoe.plan.validate.result import Comparison

@@ -13,7 +13,7 @@ from skymoe.plan.hardware.catalogue import cluster_of
 from skymoe.plan.hardware.gpu import Cluster, Precision
 from skymoe.plan.memory.model import sizes
 from skymoe.plan.validate.cases import Case, NotJudgedError
-from skymoe.plan.validate.layouts import case_precision
+from skymoe.plan.validate.levels import case_precision
 from skymoe.plan.validate.machines import case_cluster, case_gpu
 from skymoe.plan.validate.models import case_model
 from skymoe.plan.validate.result import Comparison
