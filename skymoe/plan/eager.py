@@ -7,8 +7,7 @@ first backward would have to wait for that. This is what Fig. 6 of the Skywork-M
 forwards before the first backward on [6, 6, 6, 6] layers, 5, 5, 5, 3, 1 on [5, 5, 5, 5, 4].
 
 It costs memory: up to `limit` micro-batches alive on a rank, where 1f1b has P - r. It is not always faster: a rank that
-runs ahead keeps backwards waiting when all are busy. `best_one_f_one_b` tries how far ahead is best, 1f1b itself
-included.
+runs ahead keeps backwards waiting when all are busy.
 """
 
 from __future__ import annotations
@@ -16,35 +15,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from heapq import heappop, heappush
 
-from skymoe.plan.orders import B, F, Order, one_f_one_b
-from skymoe.plan.simulator import makespan
+from skymoe.plan.orders import B, F, Order
 from skymoe.plan.timeline import Task
-
-
-def best_one_f_one_b(
-    num_micro: int,
-    forward_s: Sequence[float],
-    backward_s: Sequence[float],
-    *,
-    hop_s: float = 0.0,
-    limit: int | Sequence[int] | None = None,
-) -> Order:
-    """The fastest of 1f1b and of eager orders that run 0, 1, 2, 4, .. micro-batches further ahead, within `limit`.
-
-    Arguments as for `eager_one_f_one_b`. 1f1b is tried where the limit allows it.
-    """
-    pp = len(forward_s)
-    most = _limits(pp, limit)
-    count = [pp - rank for rank in range(pp)]
-    plain = [one_f_one_b(pp, num_micro)] if all(map(int.__le__, count, most)) else []
-    ahead = [0, *(2**power for power in range(pp.bit_length() + 1))]
-    limits = {tuple(min(m, c + extra) for m, c in zip(most, count, strict=True)) for extra in ahead}
-    orders = plain + [
-        eager_one_f_one_b(num_micro, forward_s, backward_s, hop_s=hop_s, limit=own, patient=patient)
-        for own in sorted(limits)
-        for patient in (True, False)
-    ]
-    return min(orders, key=lambda order: makespan(order, forward_s, backward_s, hop_s=hop_s))
 
 
 def eager_one_f_one_b(

@@ -110,7 +110,6 @@ class Work:
         imbalance: load of the fullest expert rank over the mean (dropless), at least 1.
         capacity: capacity factor when tokens are padded and dropped to it, else None.
         chunks: stages per pipeline rank (how much of the step's end they hide; see `step_end`).
-        fused_loss: softmax and cross entropy in few passes over the logits.
     """
 
     shape: ModelShape
@@ -125,7 +124,6 @@ class Work:
     imbalance: float = 1.0
     capacity: float | None = None
     chunks: int = 1
-    fused_loss: bool = False
 
     @property
     def tokens(self) -> float:

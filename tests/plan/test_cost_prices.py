@@ -207,11 +207,10 @@ def test_longer_context_is_divided_by_context_parallelism():
 
 def test_overlaps_hide_communication():
     work, _ = moe_work(dp=4, expert=ExpertAxis.EP)
-    hidden = replace(work, division=replace(work.division, tensor_overlap=True, expert_overlap=True), fused_loss=True)
+    hidden = replace(work, division=replace(work.division, tensor_overlap=True, expert_overlap=True))
     slow, fast = prices(work), prices(hidden)
     assert fast.halves[0].parts["tp"] < slow.halves[0].parts["tp"]
     assert fast.halves[1].parts["expert"] < slow.halves[1].parts["expert"]
-    assert fast.head.parts["memory"] < 0.5 * slow.head.parts["memory"]
 
 
 def test_a_hop_is_a_rank_s_part_of_the_stream():

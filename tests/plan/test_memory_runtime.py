@@ -15,7 +15,7 @@ from skymoe.ops.experts import ExpertsBackend
 from skymoe.plan.hardware.catalogue import cluster_of
 from skymoe.plan.hardware.gpu import Precision
 from skymoe.plan.memory.model import sizes
-from skymoe.plan.memory.runtime import MEGATRON, PLAIN, SKYMOE, runtime_of
+from skymoe.plan.memory.runtime import MEGATRON, PLAIN, SKYMOE
 from skymoe.plan.shape import shape_of
 from skymoe.plan.work import Division, Work
 from skymoe.spec.model import ModelSpec, MoESpec
@@ -51,11 +51,6 @@ def test_our_layers_keep_what_the_model_says(moe: MoESpec | None) -> None:
     halves = sizes(work, runtime=SKYMOE).halves
     predicted, found = halves[0].activation + halves[1].activation, saved_bytes(spec, 512)
     assert predicted == found if moe is None else predicted == pytest.approx(found, rel=0.01)
-
-
-def test_frameworks_by_name() -> None:
-    assert runtime_of("torchtitan") is PLAIN and runtime_of("Megatron-LM fork") is MEGATRON
-    assert runtime_of("MaxText FSDP") is PLAIN and runtime_of("skymoe") is SKYMOE
 
 
 def test_plain_modules_keep_more_than_fused_ones() -> None:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from skymoe.plan.alive import peak_alive
-from skymoe.plan.eager import best_one_f_one_b, eager_one_f_one_b
+from skymoe.plan.eager import eager_one_f_one_b
 from skymoe.plan.orders import B, F, one_f_one_b
 from skymoe.plan.simulator import makespan, simulate
 from skymoe.plan.timeline import Task
@@ -52,12 +52,10 @@ def test_every_order_is_complete_and_keeps_its_limit(
     assert max(peak_alive(simulate(order, forward, backward, hop_s=hop))) <= limit
 
 
-def test_the_best_is_never_slower_than_1f1b_and_faster_where_hops_are_slow() -> None:
+def test_faster_than_1f1b_where_hops_are_slow() -> None:
     forward, backward = [1.0] * 4, [1.0] * 4
     plain = makespan(one_f_one_b(4, 24), forward, backward, hop_s=0.5)
-    best = best_one_f_one_b(24, forward, backward, hop_s=0.5, limit=8)
-    assert makespan(best, forward, backward, hop_s=0.5) < 0.95 * plain
-    at_most = best_one_f_one_b(24, forward, backward, hop_s=0.5, limit=[4, 3, 2, 1])
-    assert makespan(at_most, forward, backward, hop_s=0.5) == pytest.approx(plain)
+    eager = eager_one_f_one_b(24, forward, backward, hop_s=0.5, limit=[6, 5, 4, 3])
+    assert makespan(eager, forward, backward, hop_s=0.5) < 0.95 * plain
     with pytest.raises(ValueError, match="at least one micro-batch"):
         eager_one_f_one_b(4, forward, backward, limit=0)

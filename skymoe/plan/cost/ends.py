@@ -24,7 +24,7 @@ HEAD_RATE = 1.15
 """The head's product is the widest of a model and runs nearer to the peak than those of a layer do on average: forward
 and backward with 256,000 columns took 26.0 and 30.5 ms, the loss included (a stage of Vocabulary Parallelism's artifact
 that has nothing else)."""
-LOSS_BYTES = {False: (38.0, 14.0), True: (12.0, 8.0)}  # forward, backward, per logit; fused or not
+LOSS_BYTES = (38.0, 14.0)  # forward, backward, per logit
 
 
 def embedding_bill(frame: Frame) -> Bill:
@@ -57,7 +57,7 @@ def head_bill(frame: Frame) -> Bill:
     one = frame.rows * frame.hidden * kernels.element
     bill.add("memory", kernels.memory(2 * one), kernels.memory(3 * one))
     logits = frame.tokens * columns
-    forward, backward = LOSS_BYTES[work.fused_loss]
+    forward, backward = LOSS_BYTES
     bill.add("memory", kernels.memory(forward * logits, 8), kernels.memory(backward * logits, 4))
     if work.division.tp > 1:
         small = 3 * frame.tensor.all_reduce(4.0 * frame.tokens)

@@ -52,16 +52,14 @@ class StepEnd:
         reduce_s, gather_s: gradients to their owners, weights back: all of it.
         exposed_s: the part of both that nothing hides.
         update_s: clipping and the optimizer.
-        fixed_s: launch, loss reduction, data.
     """
 
     reduce_s: float
     gather_s: float
     exposed_s: float
     update_s: float
-    fixed_s: float
 
     @property
     def total_s(self) -> float:
         """Added to the pipeline's time."""
-        return self.exposed_s + self.update_s + self.fixed_s
+        return self.exposed_s + self.update_s

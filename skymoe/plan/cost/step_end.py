@@ -68,7 +68,6 @@ def _end(
         gather_s=gather_s,
         exposed_s=exposed_s,
         update_s=frame.kernels.memory(moved, _UPDATE_KERNELS) if measured is None else measured,
-        fixed_s=work.cluster.gpu.laws.step_overhead_s,
     )
 
 

@@ -37,7 +37,6 @@ class _LawsRow(Config):
     memory: float = Field(gt=0, le=1)
     launch_us: float = Field(ge=0)
     attention: float = Field(gt=0, le=1)
-    step_overhead_ms: float = Field(ge=0)
     host_us: float = Field(default=0.0, ge=0)
 
 
@@ -146,7 +145,6 @@ def _gpu(name: str, row: _GpuRow) -> Gpu:
             memory=row.laws.memory,
             launch_s=row.laws.launch_us * 1e-6,
             attention=row.laws.attention,
-            step_overhead_s=row.laws.step_overhead_ms * 1e-3,
             host_s=row.laws.host_us * 1e-6,
         ),
         source=row.source,

@@ -61,7 +61,6 @@ class Laws:
         memory: share of the memory bandwidth that streams reach.
         launch_s: per kernel.
         attention: share of the peak that fused (flash) attention reaches, forward, by FLOPs of the pairs it needs.
-        step_overhead_s: of a training step, beside what is modelled.
         host_s: of the host, to start the kernels of a dense half layer in one pass; a half is never faster.
     """
 
@@ -70,7 +69,6 @@ class Laws:
     memory: float
     launch_s: float
     attention: float
-    step_overhead_s: float = 0.0
     host_s: float = 0.0
 
 

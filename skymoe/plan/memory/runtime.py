@@ -11,7 +11,6 @@ The 14 bytes agree with a measured peak: torchtitan, Llama 8B, 65,536 tokens ove
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 
@@ -35,10 +34,3 @@ class Runtime:
 MEGATRON = Runtime()
 PLAIN = Runtime(logit_bytes=14.0, gate_copies=3, routed_outputs=True)
 SKYMOE = Runtime(is_ours=True)
-
-
-def runtime_of(framework: str) -> Runtime:
-    """The account that fits a framework's name, as tables of measurements write it; MEGATRON where none is known."""
-    if re.search(r"torchtitan|fsdp|composer|mosaic|llm-foundry|transformers|accelerate", framework, re.IGNORECASE):
-        return PLAIN
-    return SKYMOE if re.search(r"skymoe", framework, re.IGNORECASE) else MEGATRON

@@ -9,7 +9,7 @@ recompute    what is run again in the backward pass
 uneven       other stages wait for the heaviest one
 fill         the pipeline fills and drains, hops included
 dp           gradients reduced and weights gathered, as far as nothing hides them (FSDP: in every layer)
-update       clipping, the optimizer, what a step costs besides
+update       clipping and the optimizer
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ WORDS: Mapping[str, str] = {
     "uneven": "stages wait for the heaviest one",
     "fill": "the pipeline fills and drains",
     "dp": "gradients and weights between replicas",
-    "update": "optimizer and fixed costs of a step",
+    "update": "clipping and the optimizer",
 }
 _APART = ("tp", "expert", "wait", "host", "weights")
 
@@ -82,7 +82,7 @@ def time_by_cause(
         "uneven": uneven,
         "fill": result.pipeline_s - mean - uneven,
         "dp": result.end.exposed_s + spent.get("weights", 0.0),
-        "update": result.end.update_s + result.end.fixed_s,
+        "update": result.end.update_s,
     }
 
 
