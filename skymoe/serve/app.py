@@ -24,6 +24,7 @@ from skymoe.serve.openapi import document, gets, posts
 from skymoe.serve.protocol.chat import ChatAnswer, ChatRequest
 from skymoe.serve.protocol.common import Answer, ModelCard, ModelList
 from skymoe.serve.protocol.completions import CompletionAnswer, CompletionRequest
+from skymoe.serve.protocol.examples import CHATS, COMPLETIONS, TEXTS, TOKENS
 from skymoe.serve.protocol.state import Health, Stats, Version
 from skymoe.serve.protocol.tokens import (
     DetokenizeAnswer,
@@ -62,19 +63,19 @@ def make_app(service: Service, *, key: Key | None) -> ASGIApp:
 
 
 def _add_generation(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/completions", **posts(CompletionAnswer, CompletionRequest, streams=True))
+    @app.post("/v1/completions", **posts(CompletionAnswer, CompletionRequest, COMPLETIONS, streams=True))
     async def completions(request: Request) -> Response:
         """Continue a prompt."""
         return Work(Completion(service, read_json_body(CompletionRequest, request)).answer)
 
-    @app.post("/v1/chat/completions", **posts(ChatAnswer, ChatRequest, streams=True))
+    @app.post("/v1/chat/completions", **posts(ChatAnswer, ChatRequest, CHATS, streams=True))
     async def chat_completions(request: Request) -> Response:
         """Answer in a conversation."""
         return Work(Chat(service, read_json_body(ChatRequest, request)).answer)
 
 
 def _add_tokens(app: FastAPI, service: Service) -> None:
-    @app.post("/tokenize", **posts(TokenizeAnswer, TokenizeRequest))
+    @app.post("/tokenize", **posts(TokenizeAnswer, TokenizeRequest, TEXTS))
     async def tokenize(request: Request) -> Response:
         """Cut text, or a conversation, into tokens."""
         asked = read_json_body(TokenizeRequest, request).root
@@ -87,7 +88,7 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
         names = service.texts.names(ids) if asked.return_token_strs else None
         return _json(TokenizeAnswer(count=len(ids), max_model_len=info.max_model_len, tokens=ids, token_strs=names))
 
-    @app.post("/detokenize", **posts(DetokenizeAnswer, DetokenizeRequest))
+    @app.post("/detokenize", **posts(DetokenizeAnswer, DetokenizeRequest, TOKENS))
     async def detokenize(request: Request) -> Response:
         """Make text of tokens."""
         asked = read_json_body(DetokenizeRequest, request)

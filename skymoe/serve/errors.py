@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import http
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NoReturn, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -12,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from skymoe.base.errors import SkymoeError, printable
-from skymoe.serve.protocol.common import ErrorAnswer, ErrorDetail
+from skymoe.serve.protocol.common import ErrorAnswer, ErrorDetail, Message
 
 BODY = "skymoe.body"
 """the key of the ASGI scope under which the body of a request lies"""
@@ -86,16 +87,24 @@ def read_body(cls: type[M], body: bytes) -> M:
     try:
         return cls.model_validate_json(body)
     except ValidationError as error:
-        first = min(error.errors(include_url=False, include_input=False, include_context=False), key=_depth)
-        field = ".".join(str(step) for step in first["loc"])
-        message = str(first["msg"])
+        problems = error.errors(include_url=False, include_input=False, include_context=False)
+    first = min(problems, key=lambda problem: len(problem["loc"]))  # of several readings, the plainest complaint
+    names = _field_names()
+    field = ".".join(str(step) for step in first["loc"] if isinstance(step, int) or step in names)
+    message = str(first["msg"])
     raise ApiError(400, f"{field}: {message}" if field else message, param=field or None, code="invalid_request")
 
 
-def _depth(problem: Mapping[str, object]) -> int:
-    """Of several readings of one field, the plainest complaint."""
-    loc = problem["loc"]
-    return len(loc) if isinstance(loc, tuple) else 0
+@functools.cache
+def _field_names() -> frozenset[str]:
+    """Of all requests: places that pydantic names have the branches of unions among them."""
+    return frozenset(name for cls in _below(Message) for name in cls.model_fields)
+
+
+def _below(cls: type[BaseModel]) -> Iterator[type[BaseModel]]:
+    yield cls
+    for child in cls.__subclasses__():
+        yield from _below(child)
 
 
 def read_json_body(cls: type[M], request: Request) -> M:

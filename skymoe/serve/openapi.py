@@ -33,12 +33,22 @@ _BODY = {
     415: "The body is no JSON.",
     429: "Too much is under way; Retry-After says when to come again.",
 }
-_STREAM = {"text/event-stream": {"schema": {"type": "string", "description": "Events `data: {...}`; `[DONE]` last."}}}
+_EVENT = {
+    "type": "object",
+    "description": "An event of the stream: `data` is JSON, or `[DONE]`, the last.",
+    "properties": {"data": {"type": "string"}},
+    "required": ["data"],
+}
+_STREAM = {"text/event-stream": {"schema": _EVENT}}
 
 
-def posts(answer: type[BaseModel], request: type[BaseModel], *, streams: bool = False) -> dict[str, Any]:
+def posts(
+    answer: type[BaseModel], request: type[BaseModel], examples: dict[str, Any], *, streams: bool = False
+) -> dict[str, Any]:
     """What FastAPI is to know of a route that takes a body."""
-    content = {"application/json": {"schema": {"$ref": _REF.format(model=request.__name__)}}}
+    schema = {"$ref": _REF.format(model=request.__name__)}
+    shown = {name: {"value": value} for name, value in examples.items()}
+    content = {"application/json": {"schema": schema, "examples": shown}}
     ok: dict[str, Any] = {"model": answer, "description": "The answer."}
     if streams:
         ok["content"] = dict(_STREAM)

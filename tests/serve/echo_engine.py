@@ -4,7 +4,7 @@ Token i of an answer is token (i + prompt's sum) % length of the prompt, so answ
 Requests share a pool of pages, 16 tokens each, that is counted as the real engine counts its own; as many requests as
 fit run at once, each step draws one token for each and takes `step_s`. What a test wants to go wrong stands in
 ECHO_ENGINE, as JSON: `fail` a token whose prompts end in an error, `die` a token at which the process dies, `load_s`
-how long it loads, `fail_load` what it says instead of ready.
+how long it loads, `fail_load` what it says instead of ready, `most` how many tokens it writes at most.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ class EchoEngine:
         finish = None
         if token in stops and len(tokens) > add.params.min_tokens:
             finish = Finish.STOP
-        elif len(tokens) == add.params.max_tokens or len(add.prompt) + len(tokens) == self.max_model_len:
+        elif len(tokens) in (add.params.max_tokens, self.max_model_len - len(add.prompt), self.options.get("most")):
             finish = Finish.LENGTH
         if finish is not None:
             del self.running[add.id]

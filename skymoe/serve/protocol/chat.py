@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from skymoe.serve.protocol.common import MAX_TOKENS, Answer, Message, Nothing, Sampling, TopLogprobs, Usage
+from skymoe.serve.protocol.common import Answer, Message, Nothing, Positive, Sampling, TopLogprobs, Usage
 
 MAX_MESSAGES = 1024
 MAX_PARTS = 64
@@ -43,9 +43,9 @@ class ChatRequest(Sampling):
     """A conversation to continue."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
-    max_tokens: int | None = Field(default=None, ge=1, le=MAX_TOKENS)
+    max_tokens: Positive | None = None
     """the older name of `max_completion_tokens`"""
-    max_completion_tokens: int | None = Field(default=None, ge=1, le=MAX_TOKENS)
+    max_completion_tokens: Positive | None = None
     """default: until the context is full"""
     logprobs: bool | None = None
     top_logprobs: TopLogprobs | None = None

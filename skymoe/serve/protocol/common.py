@@ -10,7 +10,7 @@ OpenAPI document allows is accepted: `min_tokens` ends at `max_tokens`, `stream_
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, WithJsonSchema
 
@@ -47,7 +47,40 @@ def _token_keys(biases: dict[str, float]) -> dict[str, float]:
     return biases
 
 
-TokenId = Annotated[int, Field(ge=0, le=2**31 - 1, json_schema_extra={"format": TOKEN_ID})]
+def _whole(number: float) -> int:
+    if not number.is_integer():
+        raise ValueError("Input should be a whole number")
+    return int(number)
+
+
+def whole(least: int, most: int, **schema: object) -> Any:
+    """A whole number within bounds. `5.0` is one: JSON Schema says so, and some languages have no other numbers."""
+    exact = Field(ge=max(least, -(2**53)), le=min(most, 2**53))  # beyond, a float may stand for its neighbour
+    return Annotated[
+        Annotated[int, Field(ge=least, le=most)] | Annotated[float, exact, AfterValidator(_whole)],
+        WithJsonSchema({"type": "integer", "minimum": least, "maximum": most, **schema}),
+    ]
+
+
+# What mypy reads is the left side: these are whole numbers.
+if TYPE_CHECKING:
+    TokenId: TypeAlias = int
+    Seed: TypeAlias = int
+    Count: TypeAlias = int
+    Positive: TypeAlias = int
+    TopLogprobs: TypeAlias = int
+    TopK: TypeAlias = int
+    NumChoices: TypeAlias = int
+    One: TypeAlias = int
+else:
+    TokenId = whole(0, 2**31 - 1, format=TOKEN_ID)
+    Seed = whole(-MAX_SEED - 1, MAX_SEED)
+    Count = whole(0, MAX_TOKENS)
+    Positive = whole(1, MAX_TOKENS)
+    TopLogprobs = whole(0, MAX_LOGPROBS)
+    TopK = whole(-1, MAX_TOKENS)
+    NumChoices = whole(1, MAX_N)
+    One = whole(1, 1)
 # 64 characters are at most 256 bytes: what the document allows is accepted
 StopString = Annotated[
     str, StringConstraints(min_length=1, max_length=MAX_STOP_BYTES // 4), AfterValidator(_short_stop)
@@ -82,20 +115,20 @@ class Sampling(Message):
     """Fields of completions and chat completions alike. Those after `logit_bias` are vLLM's."""
 
     model: str | None = Field(default=None, max_length=200)
-    n: int | None = Field(default=None, ge=1, le=MAX_N)
+    n: NumChoices | None = None
     temperature: float | None = Field(default=None, ge=0, le=100)
     top_p: float | None = Field(default=None, gt=0, le=1)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
-    seed: int | None = Field(default=None, ge=-MAX_SEED - 1, le=MAX_SEED)
+    seed: Seed | None = None
     stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     logit_bias: LogitBias | None = None
-    top_k: int | None = Field(default=None, ge=-1, le=MAX_TOKENS)
+    top_k: TopK | None = None
     min_p: float | None = Field(default=None, ge=0, le=1)
     repetition_penalty: float | None = Field(default=None, gt=0, le=10)
-    min_tokens: int | None = Field(default=None, ge=0, le=MAX_TOKENS)
+    min_tokens: Count | None = None
     ignore_eos: bool | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_BIASES)] | None = None
 
@@ -108,9 +141,6 @@ class Sampling(Message):
     def wants_usage(self) -> bool:
         """Whether the stream ends with usage."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
-
-
-TopLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 
 
 class PromptDetails(Answer):

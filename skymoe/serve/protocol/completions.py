@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from skymoe.serve.protocol.common import MAX_TOKENS, Answer, Sampling, Text, TokenId, TopLogprobs, Usage
+from skymoe.serve.protocol.common import Answer, Count, One, Sampling, Text, TokenId, TopLogprobs, Usage
 
 MAX_PROMPTS = 128
 
@@ -22,11 +22,11 @@ class CompletionRequest(Sampling):
         | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
         | Annotated[list[TokenPrompt], Field(min_length=1, max_length=MAX_PROMPTS)]
     )
-    max_tokens: int | None = Field(default=None, ge=0, le=MAX_TOKENS)
+    max_tokens: Count | None = None
     """default: 16; the context ends it too; 0 scores the prompt, with `echo`"""
     echo: bool | None = None
     logprobs: TopLogprobs | None = None
-    best_of: Literal[1] | None = None
+    best_of: One | None = None
     suffix: Literal[""] | None = None
     add_special_tokens: bool | None = None
     """whether the tokenizer puts its begin token before text; default: true"""
