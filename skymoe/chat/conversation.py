@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from skymoe.base.errors import ConfigError
@@ -43,7 +43,7 @@ class Conversation:
         told = [] if self.system is None else [{"role": "system", "content": self.system}]
         return told + self.turns
 
-    def prompt(self, encode: Callable[[Sequence[Message]], tuple[int, ...]], room: int) -> tuple[tuple[int, ...], int]:
+    def prompt(self, encode: Callable[[list[Message]], tuple[int, ...]], room: int) -> tuple[tuple[int, ...], int]:
         """The prompt for the next answer, and how many of the oldest turns had to be forgotten for it.
 
         Args:

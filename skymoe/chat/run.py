@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from skymoe.base.errors import ConfigError, FormatError
+from skymoe.base.errors import ConfigError
 from skymoe.base.log import logger
 from skymoe.chat.config import ChatConfig
 from skymoe.chat.conversation import Conversation
@@ -74,7 +74,7 @@ class Chat:
         self.seconds = 0.0
 
     def check(self) -> None:
-        """Raises FormatError where there is no template, or it does not take what the system says."""
+        """Raises FormatError where there is no template, ConfigError where it does not take what the system says."""
         self._llm.chat_prompt([*self._said.messages, {"role": "user", "content": "hello"}])
 
     def talk(self, ask: Callable[[str], str]) -> None:
@@ -117,7 +117,7 @@ class Chat:
         self._said.reset()
         try:
             self.check()
-        except FormatError as error:
+        except ConfigError as error:
             self._said.system = before
             self._write(f"({error.what})\n")
 
@@ -130,7 +130,9 @@ class Chat:
         """The model's turn. Ctrl-C ends it; what was written stays."""
         pieces: list[str] = []
         try:
-            ids, num_forgotten = self._said.prompt(self._encode, self._llm.info.max_model_len - _ROOM_FOR_ANSWER)
+            ids, num_forgotten = self._said.prompt(
+                self._llm.chat_prompt, self._llm.info.max_model_len - _ROOM_FOR_ANSWER
+            )
             if num_forgotten:
                 self._write(f"(the oldest {num_forgotten} turns are forgotten: the context is full)\n")
             self._stream(ids, pieces)
@@ -158,9 +160,6 @@ class Chat:
             self.num_answers, self.num_tokens = self.num_answers + 1, self.num_tokens + num_tokens
             self.seconds += seconds
             logger.debug("%d tokens, %.1f tokens/s", num_tokens, num_tokens / seconds)
-
-    def _encode(self, messages: object) -> tuple[int, ...]:
-        return self._llm.chat_prompt(messages)[1]  # type: ignore[arg-type]
 
     def _params(self) -> SamplingParams:
         config = self._config

@@ -19,7 +19,7 @@ from skymoe import __version__
 from skymoe.base.errors import SkymoeError
 from skymoe.base.files import machine_errors
 from skymoe.base.log import setup_logging
-from skymoe.cli import convert, jobs, plan, serving, tools
+from skymoe.cli import chat, convert, jobs, plan, serving, tools
 
 _DEFECT = 70  # sysexits.h EX_SOFTWARE: ours, not the user's
 
@@ -47,6 +47,7 @@ for command in (
     convert.merge_check,
     jobs.train,
     jobs.generate,
+    chat.chat,
     jobs.inspect,
     jobs.report,
     serving.serve,

@@ -35,7 +35,7 @@ class Completion:
     """The answers to one prompt.
 
     Attributes:
-        prompt: the text that was given, or that the chat template made; None for token ids.
+        prompt: the text that was given; None for token ids and conversations.
         prompt_ids: the same as tokens.
         outputs: `n` answers.
         prompt_logprobs: of prompt tokens 1, 2, ..., where `SamplingParams.prompt_logprobs` asks for them.

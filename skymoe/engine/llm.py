@@ -21,10 +21,11 @@ from types import TracebackType
 from typing import Self, TypeAlias
 
 from skymoe.base.config import check_config
-from skymoe.base.errors import ConfigError
+from skymoe.base.errors import ConfigError, FormatError
 from skymoe.base.progress import progress as progress_bar
 from skymoe.data.tokenizer import TextTokenizer, load_tokenizer
 from skymoe.engine.answers import Desk, Job, News
+from skymoe.engine.chat_template import ChatTemplate, load_chat_template
 from skymoe.engine.completion import Completion, Draft, completion
 from skymoe.engine.config import EngineConfig
 from skymoe.engine.engine import Engine
@@ -60,6 +61,7 @@ class LLM:
         given = {"model": os.fspath(model), "tp": tp, **options}
         self._config = check_config(EngineConfig, {name: value for name, value in given.items() if value is not None})
         self.tokenizer: TextTokenizer | None = _tokenizer(self._config.model)
+        self._template: ChatTemplate | None = None  # loaded when it is first needed
         self._engine = Engine(self._config)
         self._desk = Desk(self._engine, self.tokenizer, most=min(2 * self._config.max_batch, self._config.max_queue))
 
@@ -91,8 +93,9 @@ class LLM:
             ConfigError: a prompt cannot be answered here; nothing has been generated then.
             MachineError: a rank is dead or does not answer.
         """
-        texts = _listed(prompts)
-        return self._complete([self.encode(prompt) for prompt in texts], texts, params, n, progress)
+        asked = _listed(prompts)
+        texts = [prompt if isinstance(prompt, str) else None for prompt in asked]
+        return self._complete([self.encode(prompt) for prompt in asked], params, n=n, progress=progress, texts=texts)
 
     def chat(
         self,
@@ -102,19 +105,19 @@ class LLM:
         n: int = 1,
         progress: bool = False,
     ) -> list[Completion]:
-        """Answer a conversation, or several; the model's chat template makes prompts of them.
+        """Answer a conversation, or several.
 
         Args:
             messages: `{"role": "user", "content": "..."}` and so on, or a list of such lists.
             params, n, progress: as for `generate`.
 
         Raises:
-            FormatError: the model directory has no chat template, or it refuses the conversation.
+            FormatError: the model has no chat template.
+            ConfigError: the template refuses a conversation, or it cannot be answered here.
         """
         first = messages[0] if messages else None
         several: Sequence[Sequence[Message]] = [messages] if isinstance(first, Mapping) else messages  # type: ignore
-        texts, prompts = zip(*map(self.chat_prompt, several), strict=True) if several else ((), ())
-        return self._complete(list(prompts), list(texts), params, n, progress)
+        return self._complete([self.chat_prompt(each) for each in several], params, n=n, progress=progress)
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[TextDelta]:
         """Answer one prompt piece by piece. Closing the iterator ends the request.
@@ -144,9 +147,18 @@ class LLM:
         start = self.info.bos_id if self.info.bos_id is not None else self.tokenizer.eos_id
         return tuple(self.tokenizer.encode(prompt)) or (start,)
 
-    def chat_prompt(self, messages: Sequence[Message]) -> tuple[str, tuple[int, ...]]:
-        """The prompt that the chat template makes of a conversation: its text and its tokens."""
-        raise NotImplementedError
+    def chat_prompt(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """The prompt that the model's chat template makes of a conversation.
+
+        Raises:
+            FormatError: the model has no chat template.
+            ConfigError: the template refuses the conversation.
+        """
+        if self._template is None:
+            if self.tokenizer is None:
+                raise FormatError("a conversation needs tokenizer.json and a chat template", where=self._config.model)
+            self._template = load_chat_template(self._config.model, self.tokenizer)
+        return tuple(self._template.prompt_ids(messages))
 
     def stats(self) -> EngineStats:
         """Counts since the start, and how things stand."""
@@ -154,6 +166,9 @@ class LLM:
 
     def close(self) -> None:
         """End the other ranks and let go of the memory; harmless twice."""
+        if self._template is not None:
+            self._template.close()
+            self._template = None
         self._engine.close()
 
     def __enter__(self) -> Self:
@@ -173,10 +188,11 @@ class LLM:
     def _complete(
         self,
         prompts: Sequence[tuple[int, ...]],
-        texts: Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None,
+        *,
         n: int,
         progress: bool,
+        texts: Sequence[str | None] | None = None,
     ) -> list[Completion]:
         if not 1 <= n <= _MAX_N:
             raise ConfigError(f"n must be a whole number from 1 to {_MAX_N}, got {n}")
@@ -194,9 +210,10 @@ class LLM:
         )
         for news in self._news(jobs, len(drafts), progress):
             drafts[news.job.key].push(news.output, news.delta)
+        answers = [drafts[place * n : (place + 1) * n] for place in range(len(prompts))]
         return [
-            completion(text if isinstance(text, str) else None, prompt, drafts[place * n : (place + 1) * n])
-            for place, (text, prompt) in enumerate(zip(texts, prompts, strict=True))
+            completion(text, prompt, its)
+            for text, prompt, its in zip(texts or [None] * len(prompts), prompts, answers, strict=True)
         ]
 
     def _news(self, jobs: Iterator[Job], total: int, progress: bool) -> Iterator[News]:

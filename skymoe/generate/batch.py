@@ -148,7 +148,7 @@ class _Work:
             if task.index not in self._keys:
                 raise ConfigError("the input changes while it is worked on", where=self._config.input)
             try:
-                prompt = llm.encode(task.prompt) if task.prompt is not None else llm.chat_prompt(task.messages or ())[1]
+                prompt = llm.encode(task.prompt) if task.prompt is not None else llm.chat_prompt(task.messages or ())
             except SkymoeError as error:
                 self._lines.append(self._line(task, {"error": error.what}))
                 continue

@@ -23,8 +23,9 @@ def prompts(count: int, *, seed: int = 0) -> list[tuple[int, ...]]:
 
 def transformers_greedy(path: Path, asked: list[tuple[int, ...]], num_tokens: int) -> list[tuple[int, ...]]:
     """What `transformers.generate` writes after each prompt, alone, in fp32; no token ends a text."""
-    import skymoe.integrations.transformers  # noqa: F401  knows model_type "skymoe"
     from transformers import AutoModelForCausalLM
+
+    import skymoe.integrations.transformers  # noqa: F401  knows model_type "skymoe"
 
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
     model.generation_config.eos_token_id = None
