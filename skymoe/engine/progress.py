@@ -84,7 +84,7 @@ class Progress:
 
     @property
     def num_shareable(self) -> int:
-        """Prompt tokens whose pages others may use: those of whole chunks."""
+        """Prompt tokens whose pages others may use: of whole chunks, since a shorter last piece is another piece."""
         return len(self.prompt) // self.chunk * self.chunk
 
     @property
