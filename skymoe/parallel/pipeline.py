@@ -12,8 +12,8 @@ torch.distributed.pipelining runs the schedule: 1f1b, interleaved, or zbv. Evalu
 number of micro-batches (parallel/rounds.py). In a pipeline of one rank there is nothing to schedule and no process
 group: a plain loop.
 
-After an exception (in `forward`, `loss` or a callback; it is raised as it was) neighbours still wait for tensors: the
-step cannot be taken up again.
+After an exception (in `forward`, `loss`, a backward pass or a callback; it is raised as it was) neighbours still wait
+for tensors: the step cannot be taken up again.
 """
 
 from __future__ import annotations
@@ -198,19 +198,20 @@ class _Running(Generic[M]):
 
     def __init__(self) -> None:
         self.micros: Sequence[M] = ()
-        self.error: Exception | None = None
 
     @contextmanager
     def of(self, micros: Sequence[M], forward: Forward[M], loss: Loss[M]) -> Iterator[None]:
         self.micros, self.forward, self.loss = micros, forward, loss
         try:
             yield
-        except RuntimeError:
-            if self.error is None:
-                raise
-            raise self.error from None  # torch wraps what a stage raises
+        except RuntimeError as error:
+            # Of what a stage raises, forward or backward, torch tells where; the true error is its cause, and says
+            # which rank is gone, or that memory ran out.
+            if "ailed to run " in str(error) and isinstance(error.__cause__, Exception):
+                raise error.__cause__ from None
+            raise
         finally:
-            self.micros, self.error = (), None
+            self.micros = ()
             del self.forward, self.loss
 
 
@@ -222,11 +223,7 @@ class _Adapter(nn.Module):
         self._running, self._stage, self._boundary, self._is_last = running, stage, boundary, is_last
 
     def forward(self, x_ND: Tensor | None = None, *, micro: Tensor) -> Tensor:
-        try:
-            y_ND = self._running.forward(self._stage, x_ND, self._running.micros[int(micro)])
-        except Exception as error:
-            self._running.error = error
-            raise
+        y_ND = self._running.forward(self._stage, x_ND, self._running.micros[int(micro)])
         if self._is_last:
             return y_ND
         assert y_ND.shape == self._boundary.shape and y_ND.dtype == self._boundary.dtype, (y_ND.shape, y_ND.dtype)

@@ -216,6 +216,18 @@ def test_ranks_work_in_the_order_of_the_plan(case: int) -> None:
     assert [timeline.spans[0].rank for timeline in timelines] == list(range(pp))
 
 
+class FailingBackward(torch.autograd.Function):
+    """The identity; its backward raises."""
+
+    @staticmethod
+    def forward(ctx, x_ND: Tensor) -> Tensor:
+        return x_ND.clone()
+
+    @staticmethod
+    def backward(ctx, grad_ND: Tensor) -> Tensor:
+        raise TrainingError("in backward")
+
+
 def fault_rank(layout: Layout) -> list[str]:
     """What reaches the caller on rank 0 when its own code raises; each time a moment when nobody waits for it."""
     mesh, seen = build_mesh(layout, torch.device("cpu")), []
@@ -227,17 +239,20 @@ def fault_rank(layout: Layout) -> list[str]:
 
     def forward(stage: int, x_ND: Tensor | None, micro: dict[str, Any]) -> Tensor:
         fail_at("forward", stage)
-        return stages.forward(stage, x_ND, micro)
+        y_ND = stages.forward(stage, x_ND, micro)
+        return FailingBackward.apply(y_ND) if failing == "backward" and stage == 0 and micro is last else y_ND
 
     pipeline: Pipeline = Pipeline(
         layout.stages_of(mesh.coordinate.pp), mesh, num_micro=4, rows=ROWS, hidden_size=SIZE, dtype=torch.float64,
         before_stage=partial(fail_at, "before"), after_stage=partial(fail_at, "after"),
     )  # fmt: skip
-    for failing in ("", "after", "before", "forward"):
+    micros = make_micros(4)
+    last = micros[-1]
+    for failing in ("", "after", "backward", "before", "forward"):
         if mesh.rank == 1 and failing in ("before", "forward"):
             continue  # rank 0 raises before it sends anything
         try:
-            pipeline.train(make_micros(4), forward, stages.loss)
+            pipeline.train(micros, forward, stages.loss)
         except TrainingError as error:
             seen.append(error.what)
     return seen
@@ -246,7 +261,7 @@ def fault_rank(layout: Layout) -> list[str]:
 @pytest.mark.parametrize(("sizes", "schedule"), [([1, 1], ONE), ([1, 1, 1, 1], INTERLEAVED)])
 def test_what_the_caller_raises_comes_out_as_it_was(sizes: list[int], schedule: ScheduleKind) -> None:
     layout = layout_of(2, sizes, schedule)
-    assert run_ranks(2, fault_rank, layout) == [["in after", "in before", "in forward"], []]
+    assert run_ranks(2, fault_rank, layout) == [["in after", "in backward", "in before", "in forward"], []]
 
 
 def test_a_wrong_number_of_micro_batches_is_refused() -> None:
