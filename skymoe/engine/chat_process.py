@@ -71,6 +71,12 @@ class RenderProcess:
             frame = {"template": template, "variables": variables, "special": special}
             return self._ask(process, frame, float(self._setup["seconds"]) + _GRACE_SECONDS)
 
+    @property
+    def pid(self) -> int | None:
+        """Of the process, while it lives."""
+        process = self._process
+        return process.pid if process is not None and process.poll() is None else None
+
     def close(self) -> None:
         """End the process."""
         with self._lock:

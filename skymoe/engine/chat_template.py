@@ -116,6 +116,11 @@ class ChatTemplate:
         """The same as text, to be read: here a client's `<|im_end|>` and the template's look alike."""
         return self._tokens.text(self._render(messages, add_generation_prompt, None, None))
 
+    @property
+    def process_id(self) -> int | None:
+        """Of the process that renders, while it lives."""
+        return self._process.pid
+
     def close(self) -> None:
         """End the process that renders."""
         self._process.close()
