@@ -284,7 +284,7 @@ def test_rows_of_prompts_are_bounded_in_a_step() -> None:
 
 def test_an_error_ends_its_request_alone_and_what_it_computed_is_not_shared() -> None:
     scheduler = scheduler_of(max_step_tokens=40)
-    for name, prompt in {"a": 33, "b": (1,)}.items():
+    for name, prompt in {"a": 38, "b": (1,)}.items():
         scheduler.add(request(name, prompt))
     scheduled = scheduler.plan()
     assert scheduled is not None
@@ -294,7 +294,7 @@ def test_an_error_ends_its_request_alone_and_what_it_computed_is_not_shared() ->
         ("b", None, 4, ""),
     ]
     assert scheduler.stats().cached_pages == 0
-    scheduler.add(request("a", 33))
+    scheduler.add(request("a", 38))
     assert shape(scheduler.plan())[1][:2] == ("a", 0)
 
 
