@@ -17,10 +17,15 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from skymoe.base.errors import ConfigError, FormatError, MachineError, MissingExtraError, printable
 
+_PROGRAM = Path(__file__).with_name("chat_render.py")  # by its path: it needs nothing of ours
+    "chat_render.py"
+)  # by its path: it needs nothing of ours, nor the working directory
+_ENVIRONMENT = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "HOME", "LANG", "LC_ALL", "TZ")  # no secrets
 _START_SECONDS = 60.0  # for an interpreter on a machine with better things to do
 _GRACE_SECONDS = 5.0  # the child's own alarm comes first
 
@@ -89,11 +94,12 @@ class RenderProcess:
         if self._process is not None and self._process.poll() is None:
             return self._process
         self._end()
-        command = [sys.executable, "-B", "-m", "skymoe.engine.chat_render"]
+        environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
         try:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0
-            )
+                [sys.executable, "-P", "-B", str(_PROGRAM)],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0, env=environment,
+            )  # fmt: skip
         except OSError as error:
             raise MachineError(f"no process for the chat template can be started: {error.strerror}") from error
         process = self._process
@@ -108,8 +114,8 @@ class RenderProcess:
             process.kill()
             by_alarm = process.wait() == -signal.SIGALRM or isinstance(error, TimeoutError)
             self._end()
-            seconds = f"it takes more than {self._setup['seconds']:g} seconds"
-            raise self._failure(seconds if by_alarm else "its process ended", frame, OverLimitError) from error
+            limit = f"it takes more than {self._setup['seconds']:g} seconds"
+            raise self._failure(limit if by_alarm else "its process ended", frame, OverLimitError) from error
         except BaseException:  # an interrupt: what the process answers later would be taken for the next answer
             self._end()
             raise

@@ -1,4 +1,4 @@
-"""The process that renders chat templates: `python -m skymoe.engine.chat_render`. It imports nothing else of ours.
+"""The program of the process that renders chat templates; `chat_process` starts it. It imports nothing else of ours.
 
 A template is a program, and Jinja's sandbox only keeps it from Python's internals: `{{ 'a' * 2**28 }}`, nested loops of
 a hundred thousand or `'%999999999d' % 1` pass it. There is no list of such things that is complete, so the kernel
@@ -30,7 +30,8 @@ from typing import Any, NoReturn
 import jinja2
 import jinja2.ext
 from jinja2 import nodes
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.exceptions import SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
 _MEMORY_BYTES = 384 << 20

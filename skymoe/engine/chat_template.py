@@ -145,7 +145,7 @@ class ChatTemplate:
             check_text(value)
         given = {
             **{name: self._tokens.guarded(value) for name, value in (variables or {}).items()},
-            "messages": self._tokens.guarded([_message(message) for message in _some(messages)]),
+            "messages": [{**self._tokens.guarded(m), "role": m["role"]} for m in map(_message, _some(messages))],
             "tools": self._tokens.guarded(None if tools is None else list(tools)),
             "documents": None,
             "add_generation_prompt": add_generation_prompt,

@@ -51,32 +51,33 @@ class ChatTokens:
         self._mark = re.compile(self.nonce + r"(\d{6})")
         self._joint = f"{self.nonce}{_JOINT}"
         self._composed: dict[str, int] = {}
+        self._beginnings = self._parts = _any_of(())
 
     # ---- special tokens that a template puts together
 
     def compose(self, rendered: str) -> None:
         """Learn from a conversation of random letters which special tokens the template puts together."""
-        longest_first = sorted(self.texts, key=len, reverse=True)
-        pattern = re.compile("|".join(map(re.escape, longest_first)) if longest_first else r"(?!)")
-        for text in pattern.findall(self._mark.sub("\0", rendered)):
+        for text in _any_of(self.texts).findall(self._mark.sub("\0", rendered)):
             self._composed[text] = self._ids[self.texts.index(text)]
-        self.__dict__.pop("_parts", None)
-
-    @cached_property
-    def _parts(self) -> re.Pattern[str] | None:
-        """What a client's text could add to a token that is put together: its beginning, and its middle."""
-        parts = {part for text in self._composed for part in (text[:2], text[2:-2]) if len(part) > 1}
-        return re.compile("|".join(map(re.escape, sorted(parts, key=len, reverse=True)))) if parts else None
+        self._beginnings = _any_of({text[:2] for text in self._composed})
+        self._parts = _any_of({part for text in self._composed for part in (text[:2], text[2:-2]) if len(part) > 1})
 
     def guarded(self, value: Any) -> Any:
-        """A client's value, as the template gets it: usually as it is."""
-        if self._parts is None:
+        """A client's value, as the template gets it: as it is, unless the template puts tokens together.
+
+        Then a joint goes into whatever could be the beginning or the middle of such a token, and into beginnings alone
+        where a text is the name of something: a template has to find `tool_calls`.
+        """
+        if not self._composed:
             return value
         if isinstance(value, str):
-            return self._parts.sub(lambda match: match[0][0] + self._joint + match[0][1:], value)
+            return self._parts.sub(self._with_joint, value)
         if isinstance(value, Mapping):
-            return {key: item if key == "role" else self.guarded(item) for key, item in value.items()}
-        return [self.guarded(item) for item in value] if isinstance(value, list) else value
+            return {self._beginnings.sub(self._with_joint, key): self.guarded(item) for key, item in value.items()}
+        return [self.guarded(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+    def _with_joint(self, match: re.Match[str]) -> str:
+        return match[0][0] + self._joint + match[0][1:]
 
     # ---- ids
 
@@ -156,6 +157,11 @@ class ChatTokens:
         made.no_truncation()
         made.encode_special_tokens = True
         return made
+
+
+def _any_of(texts: Collection[str]) -> re.Pattern[str]:
+    """Finds any of `texts`, the longest where several begin; nothing if there are none."""
+    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) if texts else "(?!)")
 
 
 def _joined(parts: list[str | int], text: str) -> str:

@@ -191,6 +191,15 @@ def test_a_name_cannot_put_a_token_together(make: Make) -> None:
     assert template.prompt_ids([{"role": "user", "name": "user", "content": ""}]).count(user) == 1
 
 
+def test_a_tool_cannot_put_a_token_together(make: Make) -> None:
+    source = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}{{ tools | tojson }}"
+    template, user = make(source), load_json("byte level").backend.token_to_id("<|user|>")
+    tools = [{"role": "<|user|>", "<|user|>": {"role": "<|user|>"}, "x": ["<|user|>", "user"]}]
+    ids = template.prompt_ids(USER, tools=tools)
+    assert ids.count(user) == 1
+    assert load_json("byte level").decode(ids).endswith(json.dumps(tools))
+
+
 def test_the_role_is_one_of_a_few(make: Make) -> None:
     template = make(TEMPLATES["composed"])
     for role in ("end", "im_start", "", None, "user|><|system"):
