@@ -7,11 +7,12 @@ tokens are nearly as likely. Found by experiment (docs/serving_kernels.md; torch
 - fp32: one row, two or three rows, and four or more take three different loops; a remainder of fewer than four rows
   of one thread's share takes the loop of one to three. Among outputs, the last O mod 16 take other loops where they
   stand alone, as in the share of a thread.
-- bf16: one row takes a loop of its own where the weight is not aligned; all else agrees.
+- bf16: one row takes a loop of its own; so do products of few numbers, N O I <= 4096, which torch computes without
+  oneDNN; all else agrees.
 
-So rows are padded with zeros to a multiple of `TILE`, and outputs come in multiples of `WIDTH`: the last few together
-with their neighbours, once more; a weight of fewer outputs is padded. Nothing is copied but narrow weights and small
-batches. Neither N, nor the place of a row, nor the number of threads changes a bit. `tests/ops/test_invariant.py` says
+So rows are padded with zeros to a multiple of `TILE` (more where I is below 65), and outputs come in multiples of
+`WIDTH`: the last few together with their neighbours, once more; a weight of fewer outputs is padded. Nothing is copied
+but narrow weights and small batches. Neither N, nor the place of a row, nor the number of threads changes a bit. `tests/ops/test_invariant.py` says
 whether that holds on another machine.
 
 Nothing is done on other devices: libraries for GPUs choose by shape too, and batch invariance there needs kernels of
@@ -30,6 +31,7 @@ from torch import Tensor
 
 TILE = 4  # rows
 WIDTH = 16  # outputs
+_SMALL = 4096  # products of so many numbers or fewer torch does not hand to oneDNN
 
 
 def invariant_linear(x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
@@ -42,8 +44,10 @@ def invariant_linear(x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = No
 
 
 def padded_rows(x_NI: Tensor) -> Tensor:
-    """`x_NI` with rows of zeros up to a multiple of `TILE`; itself where there are as many."""
-    rest = -len(x_NI) % TILE
+    """`x_NI` with rows of zeros up to a multiple of `TILE`, at least `_SMALL` products per `WIDTH` outputs."""
+    least = TILE if x_NI.dtype == torch.float32 else _SMALL // (WIDTH * max(x_NI.shape[1], 1)) + 1
+    num_rows = max(len(x_NI), least)
+    rest = num_rows + -num_rows % TILE - len(x_NI)
     return F.pad(x_NI, (0, 0, 0, rest)) if rest else x_NI.contiguous()
 
 

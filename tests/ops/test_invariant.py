@@ -27,11 +27,22 @@ def alone(x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tens
     return torch.cat([invariant_linear(x_NI[i : i + 1], weight_OI, bias_O) for i in range(len(x_NI))])
 
 
+def cancelling(x_RI: Tensor, sign: float) -> Tensor:
+    """The second half of the columns is `sign` times the first.
+
+    Products of such rows, +1 with -1, are sums that cancel: nothing is left but what rounding left, and that shows in
+    what order they were added. In sums that do not cancel, rounding to bf16 hides it.
+    """
+    half = x_RI.shape[1] // 2
+    x_RI[:, half : 2 * half] = sign * x_RI[:, :half]
+    return x_RI
+
+
 def bits(x: Tensor) -> Tensor:
     return x.view(torch.int32 if x.dtype == torch.float32 else torch.int16)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=100)
 @given(
     dtype=st.sampled_from(DTYPES),
     inputs=st.one_of(st.integers(1, 70), st.sampled_from([96, 200, 511, 1024, 1153, 2816, 4608])),
@@ -45,15 +56,16 @@ def test_a_row_depends_on_itself_alone(
     dtype: torch.dtype, inputs: int, outputs: int, rows: int, offset: int, threads: int, seed: int
 ) -> None:
     torch.manual_seed(seed)
-    weight = torch.randn(outputs * inputs + offset).to(dtype)[offset:].view(outputs, inputs)  # aligned or not
-    x, bias = torch.randn(rows, inputs).to(dtype), torch.randn(outputs).to(dtype)
+    weight = torch.empty(outputs * inputs + offset, dtype=dtype)[offset:].view(outputs, inputs)  # aligned or not
+    weight.copy_(cancelling(torch.randn(outputs, inputs), -1.0))
+    x, bias = cancelling(torch.randn(rows, inputs), 1.0).to(dtype), torch.randn(outputs).to(dtype) * 1e-9
     some = torch.randperm(rows)[:4]
     torch.set_num_threads(1)
     wanted = alone(x[some], weight, bias)
     torch.set_num_threads(threads)
     together = invariant_linear(x, weight, bias)
     assert torch.equal(bits(together[some]), bits(wanted))
-    around = torch.randn(rows, inputs).to(dtype)  # other neighbours, other places
+    around = cancelling(torch.randn(rows, inputs), 1.0).to(dtype)  # other neighbours, other places
     places = torch.randperm(rows)[:4]
     around[places] = x[some]
     assert torch.equal(bits(invariant_linear(around, weight, bias)[places]), bits(wanted))
