@@ -23,8 +23,6 @@ from typing import Any
 from skymoe.base.errors import ConfigError, FormatError, MachineError, MissingExtraError, printable
 
 _PROGRAM = Path(__file__).with_name("chat_render.py")  # by its path: it needs nothing of ours
-    "chat_render.py"
-)  # by its path: it needs nothing of ours, nor the working directory
 _ENVIRONMENT = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "HOME", "LANG", "LC_ALL", "TZ")  # no secrets
 _START_SECONDS = 60.0  # for an interpreter on a machine with better things to do
 _GRACE_SECONDS = 5.0  # the child's own alarm comes first
