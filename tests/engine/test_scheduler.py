@@ -62,6 +62,14 @@ def test_those_who_decode_come_first_then_prompts_in_the_order_of_arrival_as_far
     assert shape(scheduler.plan()) == [("a", 4, 5, 1), ("b", 17, 18, 1), ("c", 2, 3, 1)]
 
 
+def test_nobody_takes_pages_who_finds_no_room_in_the_step() -> None:
+    scheduler = scheduler_of()
+    for name, size in {"a": 12, "b": 1}.items():
+        scheduler.add(request(name, size))
+    assert shape(scheduler.plan()) == [("a", 0, 8, 0), ("a", 8, 12, 1)]
+    assert scheduler.stats().num_waiting == 1 and scheduler.stats().free_pages == 1000 - 6
+
+
 def test_no_more_than_the_batch_and_the_others_wait() -> None:
     scheduler = scheduler_of(max_batch=2)
     for name in "abc":
