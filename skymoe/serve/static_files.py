@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from skymoe.base.inside import read_inside
 from skymoe.serve.errors import ApiError
+from skymoe.serve.page import page_policy
 
 FOLDER = Path(__file__).parent / "static"
 INDEX = "index.html"
@@ -42,4 +43,7 @@ def answer_file(files: Mapping[str, tuple[bytes, str]], name: str) -> Response:
     if name not in files:
         raise ApiError(404, "there is no such page", code="not_found")
     content, media_type = files[name]
-    return Response(content, media_type=media_type, headers={"cache-control": "no-cache"})
+    headers = {"cache-control": "no-cache"}
+    if name.endswith(".html"):
+        headers["content-security-policy"] = page_policy(content)
+    return Response(content, media_type=media_type, headers=headers)
