@@ -12,8 +12,8 @@ tokens are nearly as likely. Found by experiment (docs/serving_kernels.md; torch
 
 So rows are padded with zeros to a multiple of `TILE` (more where I is below 65), and outputs come in multiples of
 `WIDTH`: the last few together with their neighbours, once more; a weight of fewer outputs is padded. Nothing is copied
-but narrow weights and small batches. Neither N, nor the place of a row, nor the number of threads changes a bit. `tests/ops/test_invariant.py` says
-whether that holds on another machine.
+but narrow weights and small batches. Neither N, nor the place of a row, nor the number of threads changes a bit.
+`tests/ops/test_invariant.py` says whether that holds on another machine.
 
 Nothing is done on other devices: libraries for GPUs choose by shape too, and batch invariance there needs kernels of
 its own.
