@@ -61,6 +61,7 @@ def divide(
     kind = weights or ("fp8" if fp8_block else "fp32" if config.dtype is DType.FLOAT32 else "bf16")
     model = planned_model(spec)
     heads = _heads(model, asked)
+    _check_groups(model, heads)
     block = _block(model.columns, asked, fp8_block)
     columns, experts = _feed_forward(model, asked, block)
     split = PlannedSplit(
@@ -71,7 +72,6 @@ def divide(
         model=model, weights=kind, kv=_kv(config, kind), context=context_limit(spec, config.max_model_len),
         max_batch=config.max_batch, kv_tokens=0, split=split, block=block,
     )  # fmt: skip
-    _check_groups(plan)
     return plan.model_copy(update={"rotate": _rotation(plan, asked)}) if config.rotate else plan
 
 
@@ -143,20 +143,19 @@ def _touched(model: PlannedModel, heads: Sequence[int]) -> tuple[int, ...]:
     return tuple(-(-part.stop // group) - part.start // group if part else 0 for part in Split(tuple(heads)))
 
 
-def _check_groups(plan: ServingPlan) -> None:
+def _check_groups(model: PlannedModel, heads: Sequence[int]) -> None:
     """Every rank has whole groups, or a part of one.
 
     Raises:
         ConfigError: with the nearest split that does.
     """
-    model = plan.model
     group = model.heads // model.kv_heads
-    for part in Split(plan.split.heads):
+    for part in Split(tuple(heads)):
         inside_one = part and part.start // group == (part.stop - 1) // group
         if part and not inside_one and (part.start % group or part.stop % group):
-            nearest = Split.weighted(model.kv_heads, plan.split.heads).scaled(group).sizes
+            nearest = Split.weighted(model.kv_heads, heads).scaled(group).sizes
             raise ConfigError(
-                f"heads={_joined(plan.split.heads)} cuts through a key/value group",
+                f"heads={_joined(heads)} cuts through a key/value group",
                 why=f"{group} query heads share a key/value head; a rank has whole groups, or a part of one",
                 hint=f"heads={_joined(nearest)}",
             )
@@ -274,7 +273,7 @@ def _planned(spec: ModelSpec, config: EngineConfig) -> ServingPlan:
         raise ConfigError(
             f"the plan is for another model: {told}", where=config.plan, hint="skymoe plan serve for this model"
         )
-    _check_groups(plan)
+    _check_groups(plan.model, plan.split.heads)
     most = context_limit(spec)
     context = min(plan.context, most) if config.max_model_len is None else context_limit(spec, config.max_model_len)
     return plan.model_copy(update={"context": context, **({} if config.rotate else {"rotate": ()})})

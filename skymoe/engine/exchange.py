@@ -8,8 +8,8 @@ backends of its own, connected over the loopback interface.
   a row's sum does not depend on where it stands in the batch (the rings of gloo and NCCL begin at another rank for
   another part of the tensor). Few numbers go to everybody at once, which is one message each; many are first divided,
   so that no rank is sent more than twice what it has.
-- **Plans** travel apart from the rest (`control`): between two steps ranks wait as long as nobody asks anything, while
-  in a step silence means that somebody is gone.
+- **Plans** travel apart from the rest (`control`): between two steps the others wait as long as nobody asks anything,
+  while in a step, and for rank 0 always, silence means that somebody is gone.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Exchange:
         if size == 1:
             return
         assert store is not None
-        limit = timedelta(seconds=timeout_s)
+        self._limit = limit = timedelta(seconds=timeout_s)
         self._control = _gloo(dist.PrefixStore("control", store), rank, size, limit)
         if torch.device(device).type == "cuda":
             options = dist.ProcessGroupNCCL.Options()
@@ -138,7 +138,8 @@ class Exchange:
     def _broadcast(self, words: Tensor) -> None:
         assert self._control is not None
         options = dist.BroadcastOptions()
-        options.rootRank, options.rootTensor, options.timeout = 0, 0, _FOREVER
+        options.rootRank, options.rootTensor = 0, 0
+        options.timeout = self._limit if self.rank == 0 else _FOREVER
         self._control.broadcast([words], options).wait()
 
     def _gather(self, flat: Tensor) -> Tensor:

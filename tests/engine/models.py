@@ -19,6 +19,7 @@ from export.models import random_model
 from skymoe.model.save import save_pretrained
 from skymoe.quantize.config import QuantizeConfig
 from skymoe.quantize.run import run as quantize
+from skymoe.spec.hf_families import carried
 from skymoe.spec.model import Architecture, GateNormSpec, ModelSpec, MoESpec, QkNorm, RopeScaling, RopeSpec
 from skymoe.spec.quantization import Fp8Scheme
 
@@ -37,13 +38,16 @@ MODELS: dict[str, ModelSpec] = {
     "llama": _spec(Architecture.LLAMA),
     "llama_bias_tied": _spec(Architecture.LLAMA, qkv_bias=True, o_bias=True, mlp_bias=True, tie_embeddings=True),
     "llama_scaled": _spec(
-        Architecture.LLAMA, num_heads=10, num_kv_heads=5,
+        Architecture.LLAMA, hidden_size=40, num_heads=10, num_kv_heads=5,
         rope=RopeSpec(theta=500.0, scaling=RopeScaling.YARN, factor=4.0, original_max_position=32),
     ),
     "mistral_window": _spec(Architecture.MISTRAL, num_heads=8, num_kv_heads=2, sliding_window=5),
     "qwen2": _spec(Architecture.QWEN2, num_heads=10, num_kv_heads=5, qkv_bias=True),
     "qwen3": _spec(Architecture.QWEN3, qk_norm=QkNorm.HEAD),
-    "olmoe": _spec(Architecture.OLMOE, qk_norm=QkNorm.FULL, moe=replace(_SIX, num_experts=7, top_k=3, norm_topk=False)),
+    "olmoe": _spec(
+        Architecture.OLMOE, head_dim=4, qk_norm=QkNorm.FULL,
+        moe=replace(_SIX, num_experts=7, top_k=3, norm_topk=False),
+    ),
     "mixtral": _spec(Architecture.MIXTRAL, moe=_SIX),
     "qwen3_moe": _spec(
         Architecture.QWEN3_MOE, num_heads=10, num_kv_heads=5, qk_norm=QkNorm.HEAD, moe=_SIX, moe_layers=(0, 2)
@@ -62,10 +66,10 @@ MODELS: dict[str, ModelSpec] = {
 
 _WIDE: dict[str, Any] = dict(hidden_size=128, num_heads=12, num_kv_heads=4, head_dim=64, ffn_size=384, init_std=0.15)
 WIDE: dict[str, ModelSpec] = {
-    "llama_wide": _spec(Architecture.LLAMA, **_WIDE),
+    "llama_wide": _spec(Architecture.LLAMA, **{**_WIDE, "num_heads": 16}),
     "mixtral_wide": _spec(Architecture.MIXTRAL, **_WIDE, moe=replace(_SIX, ffn_size=256)),
     "skywork_wide": _spec(
-        Architecture.SKYWORK_MOE, **{**_WIDE, "num_heads": 6, "num_kv_heads": 6},
+        Architecture.SKYWORK_MOE, **{**_WIDE, "hidden_size": 384, "num_heads": 6, "num_kv_heads": 6},
         moe=replace(_SIX, ffn_size=256, gate_norm=GateNormSpec(eps=0.0, subtract_mean=False)),
     ),
 }  # fmt: skip
@@ -83,6 +87,7 @@ def write_model(path: Path, name: str, *, seed: int = 0, dtype: str | None = Non
         changes: to its spec.
     """
     spec = replace((MODELS | WIDE)[name], **changes)
+    assert not carried(spec)[1], "it would be saved as another architecture"
     return save_pretrained(random_model(spec, seed), path, dtype=dtype)
 
 
