@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -41,6 +41,7 @@ class Engine:
 
     Args:
         config: the model, its division, its limits.
+        loaded: is told how many layers rank 0 has read, and how many there are.
 
     Attributes:
         info: what it is.
@@ -50,8 +51,8 @@ class Engine:
         MachineError: a follower did not start, or memory is short.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
-        self._group = open_group(config)
+    def __init__(self, config: EngineConfig, *, loaded: Callable[[int, int], None] | None = None) -> None:
+        self._group = open_group(config, loaded=loaded)
         spec = self._group.spec
         self._sampler = Sampler(spec.vocab_size, config.device)
         self._scheduler = Scheduler(

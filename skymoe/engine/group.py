@@ -19,7 +19,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from math import lcm
 from pathlib import Path
@@ -130,8 +130,8 @@ class ServingGroup:
         self.close()
 
 
-def open_group(config: EngineConfig) -> ServingGroup:
-    """Divide the model, start the followers, load.
+def open_group(config: EngineConfig, *, loaded: Callable[[int, int], None] | None = None) -> ServingGroup:
+    """Divide the model, start the followers, load; `loaded` is told how many layers rank 0 has read, of how many.
 
     Raises:
         FormatError, ConfigError: the model or the division cannot be used.
@@ -149,7 +149,7 @@ def open_group(config: EngineConfig) -> ServingGroup:
     store = host_store() if size > 1 else None
     followers = Followers(config, plan, store)
     try:
-        runner = Runner(spec, plan, 0, config)
+        runner = Runner(spec, plan, 0, config, loaded=loaded)
         followers.wait_until_ready()
         exchange = Exchange(0, size, store, timeout_s=config.timeout_s, device=runner.device)
         runner.connect(exchange)

@@ -11,6 +11,7 @@ decoded.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,6 +102,7 @@ def load_share(
     *,
     dtype: DType | None = None,
     device: torch.device | str = "cpu",
+    loaded: Callable[[int, int], None] | None = None,
 ) -> Share:
     """The weights of `rank`.
 
@@ -112,6 +114,7 @@ def load_share(
         dtype: of the activations, and of weights that are not FP8: float32 or bfloat16. None: that of the files, or
             float32 where they have another type than these two.
         device: where the weights live.
+        loaded: is told after each layer how many are read, and how many there are.
 
     Raises:
         FormatError: anything missing, left over, broken or hostile.
@@ -126,10 +129,14 @@ def load_share(
         rows = vocabulary_rows(plan).part(rank)
         embed = files.tensor("embed.weight", rows)
         shares = [layer_share(spec, plan, layer, rank) for layer in range(spec.num_layers)]
-        layers = tuple(_layer(files, spec, share, layer) for layer, share in enumerate(shares))
+        layers: list[LayerWeights] = []
+        for layer, share in enumerate(shares):
+            layers.append(_layer(files, spec, share, layer))
+            if loaded is not None:
+                loaded(layer + 1, spec.num_layers)
         head = Plain(embed) if spec.tie_embeddings else files.matrix("head.weight", rows)
         weights = "fp8" if reader.scaled else "fp32" if kept is DType.FLOAT32 else "bf16"
-        return Share(embed, layers, files.tensor("norm.weight"), head, weights, torch_dtype(kept))
+        return Share(embed, tuple(layers), files.tensor("norm.weight"), head, weights, torch_dtype(kept))
 
 
 def activation_dtype(asked: DType | None, of_files: DType) -> DType:

@@ -80,7 +80,7 @@ class Stop:
 
 @dataclass(frozen=True, config=_STRICT)
 class Loading:
-    """`done` of `total` bytes of weights are read."""
+    """`done` of `total` layers are read."""
 
     done: int
     total: int

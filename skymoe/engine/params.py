@@ -25,7 +25,7 @@ class SamplingParams:
 
     Attributes:
         max_tokens: the most tokens to write; None writes until the context is full.
-        min_tokens: no end-of-text token and no token of `stop_token_ids` before so many, and no stop string within them.
+        min_tokens: no end-of-text token and no token of `stop_token_ids` before so many, and no stop string in them.
         temperature: 0 takes the most likely token, the lowest id among equals.
         top_k: keep the k most likely; 0 keeps all.
         top_p: keep the fewest tokens whose probabilities sum to p.

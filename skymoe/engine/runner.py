@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -37,6 +38,7 @@ class Runner:
         plan: its division.
         rank: this one.
         config: as the user gave it.
+        loaded: is told how many layers are read, and how many there are.
 
     Attributes:
         num_pages: of the cache, after `connect`.
@@ -47,10 +49,18 @@ class Runner:
         FormatError, ConfigError, MachineError: the model cannot be loaded.
     """
 
-    def __init__(self, spec: ModelSpec, plan: ServingPlan, rank: int, config: EngineConfig) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        plan: ServingPlan,
+        rank: int,
+        config: EngineConfig,
+        *,
+        loaded: Callable[[int, int], None] | None = None,
+    ) -> None:
         self.spec, self.plan, self.rank, self.config = spec, plan, rank, config
         self.device = own_device(config.device, rank)
-        self._share = load_share(config.model, spec, plan, rank, dtype=config.dtype, device=self.device)
+        self._share = load_share(config.model, spec, plan, rank, dtype=config.dtype, device=self.device, loaded=loaded)
         self.weights = self._share.weights
         self._kv_dtype = _kv_dtype(config, plan, self._share.dtype)
         self.kv_dtype = _KV_NAMES[self._kv_dtype]

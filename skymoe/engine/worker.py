@@ -30,6 +30,7 @@ from skymoe.engine.messages import (
     Command,
     Failed,
     Inbox,
+    Loading,
     News,
     Outputs,
     Ready,
@@ -148,7 +149,7 @@ def run(connection: socket.socket) -> int:
         config = _first(channel)
         if config is None:
             return 0
-        with Engine(config) as engine:
+        with Engine(config, loaded=lambda done, total: channel.say(Loading(done, total))) as engine:
             channel.say(Ready(engine.info))
             serve(engine, channel)
         return 0

@@ -111,7 +111,7 @@ class EngineClient:
 
     Attributes:
         info: what the engine is; None while it loads.
-        loaded: bytes of weights that are read, and all of them.
+        loaded: layers that are read, and all of them.
         died: done when the engine has ended, with the reason.
         pid: of its process.
     """

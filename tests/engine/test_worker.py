@@ -24,6 +24,7 @@ from skymoe.engine.messages import (
     Command,
     Failed,
     Inbox,
+    Loading,
     News,
     Outputs,
     Ready,
@@ -58,12 +59,19 @@ class Worker:
             )
         self._inbox = Inbox(read_news)
         self._heard: list[News] = []
+        self.loaded = (0, 0)
         self.say(Start(config))
 
     def say(self, *commands: Command) -> None:
         self.socket.sendall(b"".join(map(pack, commands)))
 
     def hear(self) -> News:
+        """The next message after the model has been read."""
+        while isinstance(news := self._next(), Loading):
+            self.loaded = (news.done, news.total)
+        return news
+
+    def _next(self) -> News:
         while not self._heard:
             data = self.socket.recv(1 << 16)
             assert data, "the worker has ended"
@@ -121,6 +129,7 @@ def test_a_conversation_with_a_worker(model: Path, start: Callable[..., Worker])
     worker = start(model, max_model_len=100)
     ready = worker.hear()
     assert isinstance(ready, Ready) and ready.info.name == "model" and ready.info.vocab_size == 97
+    assert worker.loaded == (3, 3)
 
     worker.say(Add("a", (5, 6, 7), GREEDY))
     alone = worker.until(is_end_of("a"))
