@@ -4,7 +4,8 @@ Only weights are FP8; activations stay fp32 or bf16. Some outputs at a time are 
 core's cache, in the dtype of the activations, and multiplied from there (`ops/fp8.py` has the decoding: a shift and a
 mask, never torch's own cast, which is slow on a CPU). The result has the bits of `invariant_linear` on the
 weight of `ops.fp8.dequantize`: strips begin at multiples of `WIDTH`, and there an output's bits do not depend on
-the strip it stands in. So rows do not depend on the batch either.
+the strip it stands in. So rows do not depend on the batch either. A few rows of bf16 take the kernel of
+`ops/fp8_decode.py` where there is one; the bits are the same.
 
 Codes that are NaN are not looked for here, for that would cost as much again: `checked_codes` does, once, at loading.
 
@@ -18,6 +19,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from skymoe.ops.fp8_decode import can_decode, decode_linear
 from skymoe.ops.invariant import WIDTH, padded_matmul, padded_rows
 from skymoe.spec.quantization import DEFAULT_BLOCK, Fp8Scheme
 
@@ -34,13 +36,16 @@ def fp8_linear(
     Args:
         x_NI: fp32 or bf16 activations.
         codes_OI: float8_e4m3fn, contiguous: a whole weight or a rank's part of it. No NaN (`checked_codes`).
-        scale: fp32, of `spec.quantization.scale_shape`; of the whole weight, or of any part of it that covers this one.
+        scale: of `spec.quantization.scale_shape`; of the whole weight, or of any part of it that covers this one.
         scheme, block_size: how the scales lie.
         bias_O: in the dtype of `x_NI`.
         first: row and column at which `codes_OI` begins, counted from where `scale` begins.
     """
     num_rows, num_outputs = len(x_NI), len(codes_OI)
-    x_NI = padded_rows(x_NI)
+    x_NI, scale = padded_rows(x_NI), scale.float()
+    if can_decode(x_NI, codes_OI, scheme, block_size, first):
+        y_NO = decode_linear(x_NI, codes_OI, scale, scheme, block_size, first)[:num_rows]
+        return y_NO if bias_O is None else y_NO + bias_O
     y_NO = x_NI.new_empty(len(x_NI), num_outputs)
     for strip, weight_SI in _strips(codes_OI, scale, scheme, block_size, first, x_NI.dtype):
         y_NO[:, strip] = padded_matmul(x_NI, weight_SI)[:, : strip.stop - strip.start]
