@@ -11,6 +11,8 @@ from numba import njit
 
 from skymoe.ops.fp8_vectors import COLUMNS, LANES, ROWS, add_pairs, decode_pairs, load_float, store_float
 
+_FP16_TO_E4M3 = np.float32(256.0)
+
 
 def has_instructions() -> bool:
     """Whether this processor multiplies pairs of bf16 (VDPBF16PS)."""
@@ -39,7 +41,7 @@ def multiply(
             stop = min(num_inputs, (at + 1) * width - left)
             for lane in range(LANES):
                 place = (top + row + lane) // height * scale_row + at * scale_column
-                store_float(factors + 4 * lane, load_float(scales + 4 * place))
+                store_float(factors + 4 * lane, load_float(scales + 4 * place) * _FP16_TO_E4M3)
             count = (stop - column) // COLUMNS
             decode_pairs(codes + row * num_inputs + column, num_inputs, factors, pairs + column * 32, count)
             column = stop

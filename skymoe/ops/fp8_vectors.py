@@ -22,8 +22,8 @@ LANES = 16
 ROWS = 4
 COLUMNS = 2 * LANES  # that `decode_pairs` takes at a time
 
-_BYTE, _WORD, _INT, _FLOAT = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.FloatType()
-_WORDS, _INTS, _FLOATS = (ir.VectorType(kind, LANES) for kind in (_WORD, _INT, _FLOAT))
+_WORD, _INT, _HALF, _FLOAT = ir.IntType(16), ir.IntType(32), ir.HalfType(), ir.FloatType()
+_WORDS, _INTS, _HALVES, _FLOATS = (ir.VectorType(kind, LANES) for kind in (_WORD, _INT, _HALF, _FLOAT))
 
 
 class _BFloat(ir.Type):
@@ -60,11 +60,12 @@ def _declared(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any
 
 
 def _scaled(builder: Any, code: Any, scale: Any) -> Any:
-    """16 codes, each in the low byte of an int: their values times the scale, fp32."""
-    sign = builder.shl(builder.and_(code, _all(_INTS, 0x80)), _all(_INTS, 24))
-    rest = builder.shl(builder.and_(code, _all(_INTS, 0x7F)), _all(_INTS, 20))
-    tiny = builder.bitcast(builder.or_(sign, rest), _FLOATS)  # 2^-120 times the value, exactly
-    return builder.fmul(builder.fmul(tiny, _all(_FLOATS, 2.0**120)), scale)
+    """16 codes, each in the upper byte of a word: their values times the scale, fp32.
+
+    Moved right by one, sign and all, a code is the fp16 number 2^-8 times as large; the scale has the 256.
+    """
+    moved = builder.and_(builder.ashr(code, _all(_WORDS, 1)), _all(_WORDS, 0xBF80))
+    return builder.fmul(builder.fpext(builder.bitcast(moved, _HALVES), _FLOATS), scale)
 
 
 def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
@@ -82,7 +83,7 @@ def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
 
 @intrinsic
 def decode_pairs(typingctx: Any, codes: Any, stride: Any, scales: Any, out: Any, count: Any) -> Any:
-    """`count` times 32 columns of 16 rows at `codes`, `stride` bytes apart, times 16 fp32 `scales`, to `out`."""
+    """`count` times 32 columns of 16 rows at `codes`, `stride` bytes apart, times 16 fp32 `scales` / 256, to `out`."""
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         codes_, stride_, scales_, out_, count_ = arguments
@@ -98,9 +99,9 @@ def decode_pairs(typingctx: Any, codes: Any, stride: Any, scales: Any, out: Any,
             for row in range(LANES):
                 begin = builder.add(codes_, builder.mul(stride_, ir.Constant(stride_.type, row)))
                 at = builder.add(begin, column)
-                pair = builder.zext(builder.load(_pointer(builder, at, _WORDS), align=1), _INTS)
-                even = _scaled(builder, pair, factors[row])
-                odd = _scaled(builder, builder.lshr(pair, _all(_INTS, 8)), factors[row])
+                pair = builder.load(_pointer(builder, at, _WORDS), align=1)
+                even = _scaled(builder, builder.shl(pair, _all(_WORDS, 8)), factors[row])
+                odd = _scaled(builder, pair, factors[row])
                 halves = builder.call(narrow, [odd, even])  # 16 even ones, then 16 odd ones
                 order = [i // 2 + LANES * (i % 2) for i in range(COLUMNS)]
                 mixed = builder.shuffle_vector(

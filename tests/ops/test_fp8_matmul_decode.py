@@ -36,7 +36,7 @@ def cancelling(outputs: int, inputs: int, rows: int) -> tuple[Tensor, Tensor]:
 
 
 @needs_kernel
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=60)
 @given(
     scheme=st.sampled_from(list(Fp8Scheme)),
     outputs=st.integers(16, 150),
