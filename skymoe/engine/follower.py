@@ -82,4 +82,6 @@ def _end_with_rank_0() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stderr.flush()
+    os._exit(code)  # nothing is left to do, and connections to ranks that are gone must not hold it up

@@ -215,7 +215,7 @@ def test_bf16_and_fp8_caches_are_near(made: Made) -> None:
     """Dense: in a mixture of random weights a rounding sends tokens to other experts."""
     path = made("qwen2")
     assert worst(served(path, tp=2, dtype=DType.BFLOAT16), made.expected(path)) < 0.05
-    assert worst(served(path, tp=3, kv_dtype="fp8"), made.expected(path)) < 0.1
+    assert worst(served(path, tp=3, kv_dtype="fp8"), made.expected(path)) < 0.2
     with pytest.raises(ConfigError, match="float16"):
         served(path, dtype=DType.FLOAT16)
 
