@@ -31,6 +31,7 @@ from skymoe.data.token_bytes import token_bytes
 
 END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
 
+_LONG = 4096  # tokens
 _MAX_TOKENIZER_BYTES = 1 << 28
 _MAX_CONFIG_BYTES = 1 << 24
 _TOKENIZER_FILES = (
@@ -89,12 +90,21 @@ class TextTokenizer:
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """The ids of a prompt, with what the tokenizer puts before it if `special` (Llama: the begin token)."""
+        return list(self.encoding(text, special=special).ids)
+
+    def encoding(self, text: str, *, special: bool = True) -> Any:
+        """The same as the library's `Encoding`, without offsets: `len` and `ids`.
+
+        A batch of one, as the library lets other threads run only while it encodes batches: a megabyte takes a second.
+        """
         with _failures("this text cannot be tokenized", self.source):
-            return list(self.backend.encode(text, add_special_tokens=special).ids)
+            return self.backend.encode_batch_fast([text], add_special_tokens=special)[0]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, special tokens left out."""
         with _failures("these tokens cannot be made text", self.source):
+            if len(ids) > _LONG:  # other threads run meanwhile
+                return str(self.backend.decode_batch([list(ids)], skip_special_tokens=True)[0])
             return str(self.backend.decode(list(ids), skip_special_tokens=True))
 
     def save(self, directory: Path) -> None:

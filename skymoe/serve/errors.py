@@ -74,6 +74,12 @@ def raw_answer(status: int, message: str, headers: Mapping[str, str]) -> bytes:
     return f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\n{head}\r\n".encode() + body
 
 
+def too_long(tokens: int, context: int) -> ApiError:
+    """The prompt fills the context."""
+    message = f"the prompt has {tokens} tokens; with one to write, the context of {context} is full"
+    return ApiError(400, message, param="prompt", code="context_length_exceeded")
+
+
 M = TypeVar("M", bound=BaseModel)
 
 

@@ -18,7 +18,7 @@ from skymoe.engine.output import EngineInfo, Finish, TokenOutput
 from skymoe.engine.params import MAX_SEED, SamplingParams
 from skymoe.engine.text import TextDelta, TextOutput
 from skymoe.serve.client import EngineDied
-from skymoe.serve.errors import ApiError, refuse
+from skymoe.serve.errors import ApiError, refuse, too_long
 from skymoe.serve.metrics import Metrics
 from skymoe.serve.protocol.common import Sampling, Usage
 from skymoe.serve.service import Service, engine_died
@@ -88,8 +88,7 @@ def fit(params: SamplingParams, prompt: Sequence[int], info: EngineInfo) -> Samp
     """`params` for this prompt: the answer ends with the context. Raises ApiError 400 when the prompt does not fit."""
     room = info.max_model_len - len(prompt)
     if room < 1:
-        message = f"the prompt has {len(prompt)} tokens; with one to write, the context of {info.max_model_len} is full"
-        raise ApiError(400, message, param="prompt", code="context_length_exceeded")
+        raise too_long(len(prompt), info.max_model_len)
     check_tokens((*prompt, *params.logit_bias, *params.stop_token_ids), info)
     most = room if params.max_tokens is None else min(params.max_tokens, room)
     return replace(params, max_tokens=most, min_tokens=min(params.min_tokens, most))

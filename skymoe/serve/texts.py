@@ -1,8 +1,8 @@
 """Text to tokens and back, off the event loop.
 
 A tokenizer takes a second for a megabyte, a chat template as long as its author lets it. Both run in threads; the
-tokenizer is Rust and leaves the interpreter to others meanwhile, so that other requests go on. Long texts wait for one
-another: one client with many of them cannot keep short ones from the threads.
+tokenizer is Rust and lets others run meanwhile (in batches only, `TextTokenizer.encoding`), so other requests go on.
+Long texts wait for one another: one client with many of them cannot keep short ones from the threads.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from skymoe.engine.output import EngineInfo
 from skymoe.engine.params import SamplingParams
 from skymoe.engine.text import TextOutput
 from skymoe.engine.token_text import TokenTexts
-from skymoe.serve.errors import ApiError, refuse
+from skymoe.serve.errors import ApiError, refuse, too_long
 from skymoe.serve.protocol.chat import ChatMessage
 
 _THREADS = 4
@@ -50,10 +50,20 @@ class Texts:
         self._tokens = TokenTexts(self.tokenizer)
 
     async def encode(self, text: str, *, special: bool, info: EngineInfo) -> list[int]:
-        """The tokens of a prompt. One without any is the begin token, else the end token, as OpenAI has it."""
-        ids = await self._away(len(text), lambda: self.tokenizer.encode(text, special=special))
+        """The tokens of a prompt. One without any is the begin token, else the end token, as OpenAI has it.
+
+        Raises:
+            ApiError: 400, it is longer than the context.
+        """
+        ids = await self._away(len(text), lambda: self._bounded(text, special, info.max_model_len))
         first = info.bos_id if info.bos_id is not None else self.tokenizer.eos_id
         return ids or [first]
+
+    def _bounded(self, text: str, special: bool, most: int) -> list[int]:
+        encoding = self.tokenizer.encoding(text, special=special)
+        if len(encoding) > most:  # a list of a million numbers takes longer than others should wait
+            raise too_long(len(encoding), most)
+        return list(encoding.ids)
 
     async def tokenize(self, text: str, *, special: bool) -> list[int]:
         """The tokens of a text, none for none."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 
 KEY = "a-key-of-the-tests-0123456789"
 TEMPLATE = (
@@ -113,6 +114,12 @@ def start(
         assert line.startswith("ready http://"), (line, process.wait(10), running.log())
         running.url = line.split()[1]
     return running
+
+
+def engine_of(running: Running) -> psutil.Process:
+    """The process of the echo engine."""
+    children = psutil.Process(running.process.pid).children()
+    return next(child for child in children if str(ENGINE) in child.cmdline())
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from serve.servers import KEY, Running, make_model, server, start
+from serve.servers import KEY, Running, engine_of, make_model, server, start
 
 from skymoe.base.errors import ConfigError
 from skymoe.serve import safety
@@ -329,7 +329,7 @@ def test_connections_are_limited(running: Running) -> None:
 def test_request_error_isolated(running: Running) -> None:
     """The engine fails at token 77; everybody else goes on."""
     with running.client() as client:
-        engine = psutil.Process(running.process.pid).children()[0].pid
+        engine = engine_of(running).pid
         with client.stream(
             "POST", "/v1/completions", json={"prompt": [5, 6], "max_tokens": 1500, "stream": True, "ignore_eos": True}
         ) as other:
@@ -344,12 +344,14 @@ def test_request_error_isolated(running: Running) -> None:
         assert '"error":{"message":"not a number"' in mixed.text or mixed.status_code == 500
         stats = client.get("/stats").json()
     assert stats["num_running"] == stats["num_waiting"] == 0 and stats["kv_cache_usage"] == 0
-    assert psutil.Process(running.process.pid).children()[0].pid == engine
+    assert engine_of(running).pid == engine
     check_alive(running)
 
 
-@pytest.mark.parametrize("path", ["/static/../config.py", "/static/..%2fconfig.py", "/static/%2e%2e/%2e%2e/app.py",
-                                  "/static/....//x", "/static//etc/passwd", "/static/%00", "/static/", "/../../x"])  # fmt: skip
+@pytest.mark.parametrize("path", ["/static/../config.py", "/static/..%2fconfig.py",
+                                  "/static/%2e%2e/%2e%2e/app.py",
+                                  "/static/....//x", "/static//etc/passwd", "/static/%00", "/static/",
+                                  "/../../x"])  # fmt: skip
 def test_no_path_is_ever_joined(running: Running, path: str) -> None:
     data = f"GET {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nConnection: close\r\n\r\n".encode()
     answer = talk(running, data)

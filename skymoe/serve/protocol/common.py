@@ -19,6 +19,7 @@ from skymoe.engine.params import MAX_BIASES, MAX_LOGPROBS, MAX_SEED, MAX_STOP_BY
 MAX_N = 8
 MAX_TOKENS = 2**31 - 1
 TOKEN_ID = "token-id"  # marks schemas that get the vocabulary of the model that is served as their bound
+TOKENS = {"type": "array", "items": {"type": "integer", "minimum": 0, "format": TOKEN_ID}}
 _TOKEN_KEY = re.compile(r"0|[1-9][0-9]{0,9}")
 
 
@@ -64,7 +65,8 @@ def whole(least: int, most: int, **schema: object) -> Any:
 
 # What mypy reads is the left side: these are whole numbers.
 if TYPE_CHECKING:
-    TokenId: TypeAlias = int
+    TokenList: TypeAlias = list[int]
+    StopTokens: TypeAlias = list[int]
     Seed: TypeAlias = int
     Count: TypeAlias = int
     Positive: TypeAlias = int
@@ -73,7 +75,11 @@ if TYPE_CHECKING:
     NumChoices: TypeAlias = int
     One: TypeAlias = int
 else:
-    TokenId = whole(0, 2**31 - 1, format=TOKEN_ID)
+    _Plain = Annotated[int, Field(ge=0, le=2**31 - 1)]
+    _Id = whole(0, 2**31 - 1, format=TOKEN_ID)
+    # The plain reading first: it takes a million tokens ten times as fast.
+    TokenList = Annotated[list[_Plain] | list[_Id], Field(union_mode="left_to_right"), WithJsonSchema(TOKENS)]
+    StopTokens = Annotated[list[_Id], Field(max_length=MAX_BIASES)]
     Seed = whole(-MAX_SEED - 1, MAX_SEED)
     Count = whole(0, MAX_TOKENS)
     Positive = whole(1, MAX_TOKENS)
@@ -130,7 +136,7 @@ class Sampling(Message):
     repetition_penalty: float | None = Field(default=None, gt=0, le=10)
     min_tokens: Count | None = None
     ignore_eos: bool | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_BIASES)] | None = None
+    stop_token_ids: StopTokens | None = None
 
     @property
     def stops(self) -> tuple[str, ...]:

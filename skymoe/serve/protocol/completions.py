@@ -2,26 +2,51 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
-from pydantic import Field
+from pydantic import Field, WithJsonSchema
 
-from skymoe.serve.protocol.common import Answer, Count, One, Sampling, Text, TokenId, TopLogprobs, Usage
+from skymoe.serve.protocol.common import TOKENS, Answer, Count, One, Sampling, Text, TokenList, TopLogprobs, Usage
 
 MAX_PROMPTS = 128
 
-TokenPrompt = Annotated[list[TokenId], Field(min_length=1)]
+_Texts = Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
+_Some = Field(min_length=1)
+_SomeTokens = {**TOKENS, "minItems": 1}
+_Many = {"type": "array", "minItems": 1, "maxItems": MAX_PROMPTS}
+
+# Tokens first, as there may be a million of them: the first reading that holds is taken.
+if TYPE_CHECKING:
+    Prompt: TypeAlias = str | list[int] | list[str] | list[list[int]]
+else:
+    Prompt = Annotated[
+        Annotated[TokenList, _Some]
+        | Text
+        | _Texts
+        | Annotated[list[Annotated[TokenList, _Some]], Field(min_length=1, max_length=MAX_PROMPTS)],
+        Field(union_mode="left_to_right"),
+        WithJsonSchema(
+            {
+                "anyOf": [
+                    {"type": "string", "minLength": 1},
+                    _SomeTokens,
+                    {
+                        "type": "array",
+                        "items": {"type": "string", "minLength": 1},
+                        "minItems": 1,
+                        "maxItems": MAX_PROMPTS,
+                    },
+                    {**_Many, "items": _SomeTokens},
+                ]
+            }
+        ),
+    ]
 
 
 class CompletionRequest(Sampling):
     """A prompt, or several, to continue."""
 
-    prompt: (
-        Text
-        | TokenPrompt
-        | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
-        | Annotated[list[TokenPrompt], Field(min_length=1, max_length=MAX_PROMPTS)]
-    )
+    prompt: Prompt
     max_tokens: Count | None = None
     """default: 16; the context ends it too; 0 scores the prompt, with `echo`"""
     echo: bool | None = None

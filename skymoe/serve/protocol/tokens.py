@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field, RootModel
 
 from skymoe.serve.protocol.chat import MAX_MESSAGES, ChatMessage
-from skymoe.serve.protocol.common import Answer, Message, TokenId
+from skymoe.serve.protocol.common import Answer, Message, TokenList
 
 
 class TokenizeText(Message):
@@ -45,7 +45,7 @@ class DetokenizeRequest(Message):
     """Tokens to make text of."""
 
     model: str | None = Field(default=None, max_length=200)
-    tokens: list[TokenId]
+    tokens: TokenList
 
 
 class DetokenizeAnswer(Answer):
