@@ -23,7 +23,7 @@ def has_instructions() -> bool:
 def multiply(
     begin, end, codes, num_outputs, num_inputs, scales, scale_row, scale_column, height, width, top, left, x, num_rows,
     block, y,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     """Groups of 16 outputs begin .. end - 1 of y_MO (fp32) = x_MI (bf16) times (codes_OI * scale)^T.
 
     `codes`, `scales`, `x` and `y` are addresses of contiguous arrays. The scale of row o and column i is at

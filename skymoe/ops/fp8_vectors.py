@@ -81,8 +81,7 @@ def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
     return rows
 
 
-@intrinsic
-def decode_pairs(typingctx: Any, codes: Any, stride: Any, scales: Any, out: Any, count: Any) -> Any:
+def _decode_pairs(typingctx: Any, codes: Any, stride: Any, scales: Any, out: Any, count: Any) -> Any:
     """`count` times 32 columns of 16 rows at `codes`, `stride` bytes apart, times 16 fp32 `scales` / 256, to `out`."""
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -118,8 +117,7 @@ def decode_pairs(typingctx: Any, codes: Any, stride: Any, scales: Any, out: Any,
     return types.void(types.intp, types.intp, types.intp, types.intp, types.intp), build
 
 
-@intrinsic
-def add_pairs(typingctx: Any, sums: Any, pairs: Any, x: Any, stride: Any, count: Any) -> Any:
+def _add_pairs(typingctx: Any, sums: Any, pairs: Any, x: Any, stride: Any, count: Any) -> Any:
     """4 x 16 fp32 `sums` += the `count` pairs of columns at `pairs` times those of 4 bf16 rows at `x`."""
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -145,8 +143,7 @@ def add_pairs(typingctx: Any, sums: Any, pairs: Any, x: Any, stride: Any, count:
     return types.void(types.intp, types.intp, types.intp, types.intp, types.intp), build
 
 
-@intrinsic
-def load_float(typingctx: Any, address: Any) -> Any:
+def _load_float(typingctx: Any, address: Any) -> Any:
     """The fp32 number at `address`."""
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -155,8 +152,7 @@ def load_float(typingctx: Any, address: Any) -> Any:
     return types.float32(types.intp), build
 
 
-@intrinsic
-def store_float(typingctx: Any, address: Any, value: Any) -> Any:
+def _store_float(typingctx: Any, address: Any, value: Any) -> Any:
     """Put the fp32 number `value` at `address`."""
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -164,3 +160,10 @@ def store_float(typingctx: Any, address: Any, value: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(types.intp, types.float32), build
+
+
+# What numba calls with the addresses has fewer arguments than what describes it; hence Any.
+decode_pairs: Any = intrinsic(_decode_pairs)
+add_pairs: Any = intrinsic(_add_pairs)
+load_float: Any = intrinsic(_load_float)
+store_float: Any = intrinsic(_store_float)
