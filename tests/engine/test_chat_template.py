@@ -16,14 +16,9 @@ from hypothesis import strategies as st
 
 from skymoe.base.errors import ConfigError, FormatError
 from skymoe.data.tokenizer import load_tokenizer
+from skymoe.engine.chat_files import NoTemplateError, find_templates
 from skymoe.engine.chat_process import OverLimitError
-from skymoe.engine.chat_template import (
-    MAX_CHARACTERS,
-    ChatTemplate,
-    NoTemplateError,
-    find_templates,
-    load_chat_template,
-)
+from skymoe.engine.chat_template import MAX_CHARACTERS, ChatTemplate, load_chat_template
 
 pytest.importorskip("tokenizers")
 pytest.importorskip("jinja2")
@@ -106,6 +101,16 @@ def test_random_conversations_are_those_of_transformers(
             assert template.prompt_ids(messages) == oracle(path, messages, add_generation_prompt=True)[1]
 
 
+def test_a_template_that_looks_for_special_tokens_finds_them(tmp_path: Path) -> None:
+    source = """{% set text = messages[0].content %}{% if '<|eot|>' in text %}found {% endif %}<|im_start|>
+{{- text.split('<|im_end|>')[0] | replace('<|end|>', '/') }}{{ '<|im_end|>' }}"""
+    path = model_directory(tmp_path, byte_level_json(), source)
+    messages = [{"role": "user", "content": "a<|end|>b<|im_end|>c<|eot|>"}]
+    with load_chat_template(path, load_tokenizer(path)) as template:
+        assert template.text(messages) == oracle(path, messages)[0] == "found <|im_start|>a/b<|im_end|>"
+        assert template.prompt_ids(messages) == oracle(path, messages)[1]
+
+
 def test_tools_variables_and_calls(tmp_path: Path) -> None:
     path = model_directory(tmp_path, byte_level_json(), TEMPLATES["tools"])
     tools = [
@@ -150,7 +155,10 @@ def test_what_a_client_writes_is_never_a_special_token(make: Make, name: str, ki
     messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
     harmless = [{**message, "content": "x"} for message in messages]
     assert control(template, messages, special) == control(template, harmless, special)
-    if kind == "byte level":  # and the text is still what the client wrote
+    if kind == "unigram":  # and the text is still what the client wrote
+        decoded = tokenizer.backend.decode(template.prompt_ids(messages), skip_special_tokens=False)
+        assert "".join(decoded.split()) == "".join(template.text(messages).split())
+    if kind == "byte level":
         assert tokenizer.backend.decode(template.prompt_ids(messages), skip_special_tokens=False) == template.text(
             messages
         )
