@@ -74,7 +74,7 @@ class Chat:
                 index=choice.index,
                 message=AnswerMessage(content=texts[choice.index]),
                 logprobs=self._logprobs(logprobs[choice.index]),
-                finish_reason=choice.finish,  # type: ignore[arg-type]
+                finish_reason=choice.finish,
             )
             for choice in choices
         ]
@@ -100,7 +100,7 @@ class Chat:
             index=choice.index,
             delta={"content": delta.text} if delta.text or not delta.finish else {},
             logprobs=self._logprobs(delta.logprobs),
-            finish_reason=delta.finish,  # type: ignore[arg-type]
+            finish_reason=delta.finish,
         )
 
     def _usage_so_far(self, choices: Sequence[Choice]) -> Usage | None:

@@ -133,7 +133,7 @@ class Completion:
         logprobs = (
             None if self._request.logprobs is None else CompletionLogprobs(**completion_logprobs(written.logprobs))
         )
-        return CompletionChoice(index=index, text=written.text, logprobs=logprobs, finish_reason=written.finish)  # type: ignore[arg-type]
+        return CompletionChoice(index=index, text=written.text, logprobs=logprobs, finish_reason=written.finish)
 
     def _json(self, choices: list[CompletionChoice], used: Usage | None) -> bytes:
         answer = CompletionAnswer(

@@ -16,6 +16,7 @@ import os
 import signal
 import socket
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import uvicorn
 
@@ -153,7 +154,8 @@ class _Server:
     async def _until_end(self, service: Service) -> int:
         """Wait for a signal, then for who is in. Raises EngineDied."""
         first = asyncio.create_task(self._signals.get())
-        await asyncio.wait({first, service.engine.died}, return_when=asyncio.FIRST_COMPLETED)
+        either: set[asyncio.Future[Any]] = {first, service.engine.died}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if not first.done():
             first.cancel()
             raise service.engine.died.result()
@@ -161,7 +163,7 @@ class _Server:
         logger.info(f"{first.result().name}: draining, {service.admission.requests} under way; again to end at once")
         second = asyncio.create_task(self._signals.get())
         empty = asyncio.create_task(service.admission.empty())
-        ends = {second, empty, service.engine.died}
+        ends: set[asyncio.Future[Any]] = {second, empty, service.engine.died}
         await asyncio.wait(ends, timeout=self._config.drain_s, return_when=asyncio.FIRST_COMPLETED)
         empty.cancel()
         second.cancel()

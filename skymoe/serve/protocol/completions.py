@@ -63,7 +63,7 @@ class CompletionRequest(Sampling):
             return [self.prompt]
         if self.prompt and isinstance(self.prompt[0], int):
             return [self.prompt]  # type: ignore[list-item]
-        return self.prompt  # type: ignore[return-value]
+        return self.prompt
 
 
 class CompletionLogprobs(Answer):
