@@ -78,8 +78,8 @@ class ServingGroup:
         """One step on all ranks; fp32 logits (R, V) of the rows that want them, in the order of the step.
 
         Raises:
-            MachineError: a rank is dead or does not answer; the message names it. The group has ended then, as after
-                any other error in a step: ranks that stand at different places cannot go on together.
+            MachineError: a rank is dead or does not answer; the message names it. A group of several ranks has ended
+                then, as after any other error in a step: they stand at different places and cannot go on together.
         """
         self.check()
         try:
@@ -87,7 +87,7 @@ class ServingGroup:
             logits = self._runner.run(step)
         except BaseException as error:
             told = self._followers.explained(error)
-            self._ended = True
+            self._ended = bool(self.pids)
             self._followers.end()
             if told is not None:
                 raise told from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -100,10 +101,14 @@ class Runner:
         page_bytes = token_bytes * self.config.page_size
         if not page_bytes:
             return _MOST_PAGES
-        if self.config.kv_memory_gb is not None:
-            return int(self.config.kv_memory_gb * 1e9 // page_bytes)
-        wanted = self.config.max_batch * -(-self.plan.context // self.config.page_size)
-        return int(min(wanted, free_bytes(self.device, num_ranks) // 2 // page_bytes))
+        free, asked = free_bytes(self.device, num_ranks), self.config.kv_memory_gb
+        if asked is None:
+            wanted = self.config.max_batch * -(-self.plan.context // self.config.page_size)
+            return int(min(wanted, free // 2 // page_bytes))
+        if asked * 1e9 > free:
+            what = f"kv_memory_gb {asked:g}: for each of {num_ranks} ranks {free / 1e9:.3g} GB are free"
+            raise MachineError(what, hint="a smaller kv_memory_gb, or leave it out")
+        return int(asked * 1e9 // page_bytes)
 
 
 def _kv_dtype(config: EngineConfig, plan: ServingPlan, of_activations: torch.dtype) -> torch.dtype:
@@ -127,8 +132,10 @@ def own_device(name: str, rank: int) -> torch.device:
     """The device of a rank: one GPU each.
 
     Raises:
-        ConfigError, MachineError: there is none.
+        ConfigError, MachineError: there is none, or one was named for several ranks.
     """
+    if rank and name.startswith("cuda:"):
+        raise ConfigError(f"{name} is one GPU, and there are several ranks", where="device", hint="cuda: one GPU each")
     if name == "cuda":
         return usable_device(f"cuda:{rank}", where="device")
     return usable_device(name, where="device")
@@ -141,14 +148,18 @@ def threads_of(config: EngineConfig, num_ranks: int) -> int:
 
 
 def free_bytes(device: torch.device, num_ranks: int) -> int:
-    """Memory that is free: of the GPU, or this rank's part of the machine's."""
+    """Memory that is free: of the GPU, or this rank's part of the machine's (the container's, where that is less)."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
-        return int(lines["MemAvailable"].split()[0]) * 1024 // num_ranks
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 // num_ranks
+    meminfo, container = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+    if not meminfo.exists():
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 // num_ranks
+    lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
+    free = int(lines["MemAvailable"].split()[0]) * 1024
+    with suppress(OSError, ValueError):  # "max": no limit
+        limit = int((container / "memory.max").read_text())
+        free = min(free, max(limit - int((container / "memory.current").read_text()), 0))
+    return free // num_ranks
 
 
 def _longest(config: EngineConfig, context: int, num_pages: int) -> int:

@@ -297,8 +297,12 @@ def test_room_for_keys_and_values(made: Made) -> None:
         assert ranks.runners[0].num_pages == 10 and ranks.runners[0].max_model_len == 40
     with ThreadedRanks(config(path, tp=3, kv_memory_gb=40 * token / 3 / 1e9)) as ranks:
         assert ranks.runners[0].num_pages == 10
-    for memory, length in ((40 * token / 1e9, 41), (1e-9, None)):
-        with pytest.raises(SkymoeError, match="key"):
+    for memory, length, told in (
+        (40 * token / 1e9, 41, "max_model_len=40"),
+        (1e-9, None, "no memory"),
+        (1e6, None, "free"),
+    ):
+        with pytest.raises(SkymoeError, match=told):
             ThreadedRanks(config(path, kv_memory_gb=memory, max_model_len=length))
 
 
