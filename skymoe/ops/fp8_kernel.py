@@ -33,15 +33,18 @@ def multiply(
     memory = np.empty(num_inputs * 32 + 64 * (2 * ROWS + 2) + 64, np.int8)
     factors = (memory.ctypes.data + 63) // 64 * 64
     sums, totals, pairs = factors + 64, factors + 64 * (1 + ROWS), factors + 64 * (1 + 2 * ROWS)
+    places = np.empty(LANES, np.int64)  # where the scales of the rows begin
     for group in range(begin, end):
         row = min(group * LANES, num_outputs - LANES)
+        for lane in range(LANES):
+            places[lane] = scales + 4 * ((top + row + lane) // height * scale_row)
         column = 0
         while column < num_inputs:
             at = (left + column) // width
             stop = min(num_inputs, (at + 1) * width - left)
             for lane in range(LANES):
-                place = (top + row + lane) // height * scale_row + at * scale_column
-                store_float(factors + 4 * lane, load_float(scales + 4 * place) * _FP16_TO_E4M3)
+                factor = load_float(places[lane] + 4 * at * scale_column) * _FP16_TO_E4M3
+                store_float(factors + 4 * lane, factor)
             count = (stop - column) // COLUMNS
             decode_pairs(codes + row * num_inputs + column, num_inputs, factors, pairs + column * 32, count)
             column = stop

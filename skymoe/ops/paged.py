@@ -190,7 +190,8 @@ class _Sums:
             bad_GUK = ~torch.isfinite(v_GUKC).all(-1)
             v_GUKC = v_GUKC.masked_fill(bad_GUK[..., None], 0.0)
             weights.masked_fill_((bad_GUK[:, :, None] & ~hidden_UMK).any(-1, keepdim=True), float("nan"))
-        v_GUKC = F.pad(v_GUKC, (0, values.shape[-1] - v_GUKC.shape[-1]))
+        if missing := values.shape[-1] - v_GUKC.shape[-1]:
+            v_GUKC = F.pad(v_GUKC, (0, missing))
         values.mul_(kept).add_(_bmm(probs_GUMK, v_GUKC))
         most.copy_(higher)
 
