@@ -62,8 +62,8 @@ class CompletionRequest(Sampling):
         if isinstance(self.prompt, str):
             return [self.prompt]
         if self.prompt and isinstance(self.prompt[0], int):
-            return [self.prompt]  # type: ignore[list-item]
-        return self.prompt
+            return [self.prompt]
+        return self.prompt  # type: ignore[return-value]
 
 
 class CompletionLogprobs(Answer):
