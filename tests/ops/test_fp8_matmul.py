@@ -117,3 +117,14 @@ def test_nan_codes_are_found_when_asked_for(code: int) -> None:
     codes[650, 3] = code
     with pytest.raises(ValueError, match="NaN"):
         checked_codes(codes.view(torch.float8_e4m3fn))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(0, 64), (64, 0), (0, 0)])
+def test_a_rank_without_rows_or_columns(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    codes = torch.empty(shape, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    for rows in (0, 3):
+        y = fp8_linear(torch.randn(rows, shape[1]).to(dtype), codes, torch.ones(()), Fp8Scheme.TENSOR)
+        assert y.dtype == dtype and torch.equal(y, torch.zeros(rows, shape[0], dtype=dtype))
+        y = invariant_linear(torch.randn(rows, shape[1]).to(dtype), torch.empty(shape, dtype=dtype))
+        assert torch.equal(y, torch.zeros(rows, shape[0], dtype=dtype))
