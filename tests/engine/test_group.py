@@ -159,6 +159,7 @@ def test_a_follower_that_dies_within_a_step_is_named(path: Path) -> None:
     wait_until_gone(*ranks.pids)
 
 
+@pytest.mark.slow
 def test_a_follower_that_is_stopped_is_named_after_the_time_out(path: Path) -> None:
     ranks = open_group(config(path, tp=2, timeout_s=1.0))
     os.kill(ranks.pids[0], signal.SIGSTOP)
@@ -220,6 +221,7 @@ def test_last_words() -> None:
     assert isinstance(defect, MachineError) and "rank 3 (pid 9) failed: KeyError" in str(defect)
 
 
+@pytest.mark.slow
 def test_the_follower_is_not_for_hands() -> None:
     command = [sys.executable, "-m", "skymoe.engine.follower"]
     result = subprocess.run(command, input=b'{"rank": 1}\n', capture_output=True, check=False)
