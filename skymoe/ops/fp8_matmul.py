@@ -60,7 +60,7 @@ def checked_codes(codes: Tensor) -> Tensor:
         ValueError: a code is NaN.
     """
     for piece in codes.view(torch.int8).reshape(-1).split(1 << 18):
-        if int((piece & 0x7F).amax()) == 0x7F:
+        if piece.numel() and int((piece & 0x7F).amax()) == 0x7F:
             raise ValueError("a weight is NaN")
     return codes
 

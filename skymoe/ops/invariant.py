@@ -15,6 +15,10 @@ So rows are padded with zeros to a multiple of `TILE` (more where I is below 65)
 but narrow weights and small batches. Neither N, nor the place of a row, nor the number of threads changes a bit.
 `tests/ops/test_invariant.py` says whether that holds on another machine.
 
+`torch.sigmoid` and `F.silu` in fp32 have the same fault: what is left over behind the last whole vector of a thread's
+share goes through another exponential function. `torch.exp` has not, and +, -, *, / have one result, so `sigmoid` and
+`swiglu` here are made of these.
+
 Nothing is done on other devices: libraries for GPUs choose by shape too, and batch invariance there needs kernels of
 its own.
 
@@ -67,6 +71,21 @@ def padded_matmul(x_NI: Tensor, weight_OI: Tensor) -> Tensor:
     y_NO[:, :whole] = x_NI @ weight_OI[:whole].T
     y_NO[:, -WIDTH:] = x_NI @ weight_OI[-WIDTH:].T
     return y_NO
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    """1 / (1 + exp(-x)), formed in fp32, in the dtype of `x`; each number by itself, to the bit."""
+    return (1 / (1 + torch.exp(-x.float()))).to(x.dtype)
+
+
+def swiglu(gate_up_NG: Tensor) -> Tensor:
+    """silu(gate) * up of rows that hold the gate in the first half: each number by itself, to the bit.
+
+    silu is formed in fp32 and rounded to the dtype of the rows before the product, as `F.silu` does.
+    """
+    gate_NF, up_NF = gate_up_NG.chunk(2, dim=-1)
+    wide_NF = gate_NF.float()
+    return (wide_NF / (1 + torch.exp(-wide_NF))).to(gate_up_NG.dtype) * up_NF
 
 
 def by_expert(x_RI: Tensor, counts: Sequence[int], linear: Callable[[int, Tensor], Tensor]) -> Tensor:

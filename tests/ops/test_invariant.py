@@ -6,11 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from skymoe.ops.invariant import TILE, by_expert, invariant_linear
+from skymoe.ops.invariant import TILE, by_expert, invariant_linear, sigmoid, swiglu
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -115,3 +116,21 @@ def test_experts_are_the_rows_of_each_expert_alone(counts: list[int], seed: int)
     owner = [expert for expert, count in enumerate(counts) for _ in range(count)]
     for row, expert in enumerate(owner):
         assert torch.equal(y[row : row + 1], invariant_linear(x[row : row + 1], weight[expert]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [2, 14, 56, 80, 400, 2000])
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_activations_of_a_row_depend_on_itself_alone(dtype: torch.dtype, width: int, num_threads: int) -> None:
+    torch.manual_seed(width)
+    x = torch.randn(301, width).to(dtype) * 3
+    torch.set_num_threads(num_threads)
+    for function in (sigmoid, swiglu):
+        together = function(x)
+        for size in (1, 17):
+            assert torch.equal(bits(together), bits(torch.cat([function(part) for part in x.split(size)])))
+    tolerance = 1e-6 if dtype == torch.float32 else 0.01
+    torch.testing.assert_close(sigmoid(x), x.sigmoid(), rtol=tolerance, atol=0)
+    gate, up = x.chunk(2, dim=-1)
+    torch.testing.assert_close(swiglu(x), F.silu(gate) * up, rtol=2 * tolerance, atol=1e-30)
+    assert swiglu(torch.tensor([[-200.0, 3.0]])).item() == 0
