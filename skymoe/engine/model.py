@@ -24,8 +24,7 @@ from skymoe.engine.exchange import Exchange
 from skymoe.engine.kv_cache import PagedCache
 from skymoe.engine.load import AttentionWeights, LayerWeights, MoEWeights, Share, SwiGLUWeights
 from skymoe.engine.shares import LayerShare, vocabulary_rows
-from skymoe.ops.experts import swiglu
-from skymoe.ops.invariant import by_expert, invariant_linear
+from skymoe.ops.invariant import by_expert, invariant_linear, sigmoid, swiglu
 from skymoe.ops.norm import rms_norm
 from skymoe.ops.paged import PagedBatch
 from skymoe.ops.permute import gather_tokens, group_by_expert, scatter_tokens
@@ -179,7 +178,8 @@ def _moe(x_ND: Tensor, weights: MoEWeights, share: LayerShare, routing: Routing)
     """This rank's term: its columns of all experts, or all columns of its experts, and of the shared expert."""
     term_ND = _experts(x_ND, weights.experts, _of_experts(routing, share.experts))
     if weights.shared is not None and weights.shared_gate_1D is not None:
-        term_ND = term_ND + invariant_linear(x_ND, weights.shared_gate_1D).sigmoid() * _swiglu(x_ND, weights.shared)
+        gate_N1 = sigmoid(invariant_linear(x_ND, weights.shared_gate_1D))
+        term_ND = term_ND + gate_N1 * _swiglu(x_ND, weights.shared)
     return term_ND
 
 
