@@ -56,6 +56,11 @@ class Admission:
         if loading:
             raise self._refuse(503, "loading", "the model is being loaded", {"retry-after": "5"})
 
+    def check_room(self) -> None:
+        """Raises ApiError 429 when there is not one place: known before a body is read, as `reserve` knows it after."""
+        if self.requests >= self._max_requests:
+            raise self._refuse(429, "queue_full", "the queue is full; try again", _RETRY)
+
     @contextmanager
     def reserve(self, requests: int, tokens: int) -> Iterator[Reservation]:
         """Take `requests` places and room for `tokens` until the end of the block; raises ApiError 429.

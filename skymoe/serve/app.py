@@ -39,6 +39,7 @@ from skymoe.serve.sse import Work
 from skymoe.serve.static_files import INDEX, answer_file, read_page
 from skymoe.serve.watch import Watch
 
+_QUEUED = frozenset({"/v1/completions", "/v1/chat/completions"})
 _REQUESTS = (CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest)
 
 
@@ -58,7 +59,7 @@ def make_app(service: Service, *, key: Key | None) -> ASGIApp:
     _add_page(app)
     _add_document(app, service, key)
     routes = frozenset(route.path for route in app.routes)  # type: ignore[attr-defined]
-    inside = BodyLimit(app, limits=service.config.limits, admission=service.admission)
+    inside = BodyLimit(app, limits=service.config.limits, admission=service.admission, queued=_QUEUED)
     return Watch(Gate(inside, key=key), metrics=service.metrics, routes=routes)
 
 

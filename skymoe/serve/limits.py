@@ -21,10 +21,13 @@ class BodyLimit:
         app: gets whole bodies.
         limits: `body_bytes`, `bodies_bytes`.
         admission: counts who is refused.
+        queued: paths whose requests need a place. When there is none they are told at once: in a flood, a refusal that
+            costs little is what keeps the server answering.
     """
 
-    def __init__(self, app: ASGIApp, *, limits: Limits, admission: Admission) -> None:
+    def __init__(self, app: ASGIApp, *, limits: Limits, admission: Admission, queued: frozenset[str]) -> None:
         self._app = app
+        self._queued = queued
         self._limits = limits
         self._admission = admission
         self._held = 0
@@ -35,6 +38,8 @@ class BodyLimit:
             return
         held = 0
         try:
+            if scope["path"] in self._queued:
+                self._admission.check_room()
             held = self._hold(self._announced(scope), 0)
             body = bytearray()
             while True:
