@@ -172,6 +172,7 @@ def test_a_model_that_cannot_be_loaded_is_told(tmp_path: Path, start: Callable[.
     assert worker.end() == 2
 
 
+@pytest.mark.slow
 def test_it_ends_when_the_server_closes_the_socket(model: Path, start: Callable[..., Worker]) -> None:
     worker = start(model)
     assert isinstance(worker.hear(), Ready)
@@ -180,6 +181,7 @@ def test_it_ends_when_the_server_closes_the_socket(model: Path, start: Callable[
     assert worker.end() == 0
 
 
+@pytest.mark.slow
 def test_what_is_no_message_ends_it(model: Path, start: Callable[..., Worker]) -> None:
     worker = start(model)
     assert isinstance(worker.hear(), Ready)
@@ -200,6 +202,7 @@ def test_a_dead_rank_is_named_also_while_nothing_runs(model: Path, start: Callab
     assert worker.end() == 3
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_at_work_is_named(model: Path, start: Callable[..., Worker]) -> None:
     worker = start(model, tp=2, max_model_len=120)
     assert isinstance(worker.hear(), Ready)
