@@ -19,6 +19,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
 from skymoe.serve.config import Limits
+from skymoe.serve.cork import Cork
 from skymoe.serve.errors import raw_answer
 
 _LINGER_S = 1.0
@@ -74,7 +75,7 @@ class BoundedProtocol(H11Protocol):
         self._refused = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
+        super().connection_made(Cork(transport, self.loop))
         if len(self.connections) > self._limits.connections:
             self._refuse(503, "too many connections", {"retry-after": "1"})
         else:
