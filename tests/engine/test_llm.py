@@ -224,7 +224,12 @@ for delta in llm.stream([5], params):
 
 
 @pytest.mark.parametrize(
-    ("script", "interrupt"), [("llm.close(); llm.close()", False), ("sys.exit(5)", False), (ENDLESS, True)]
+    ("script", "interrupt"),
+    [
+        pytest.param("llm.close(); llm.close()", False, marks=pytest.mark.slow),
+        pytest.param("sys.exit(5)", False, marks=pytest.mark.slow),
+        (ENDLESS, True),
+    ],
 )
 def test_no_process_is_left(model: Path, script: str, interrupt: bool) -> None:
     pid, code, told = follower_of(script, model, interrupt=interrupt)
