@@ -20,10 +20,10 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
+from serve_compare import as_json, compare, table
 from serve_load import (
     Answer,
     Objective,
@@ -52,15 +52,6 @@ from skymoe.spec.hf import spec_from_directory
 
 Target = Callable[[list[Question]], list[Answer]]
 RESULTS = Path(__file__).parent / "results" / "serve.json"
-_HEADLINES = {  # figure -> whether more is better
-    ("output_tokens_per_s", None): True,
-    ("goodput_requests_per_s", None): True,
-    ("first_token_s", "p50"): False,
-    ("first_token_s", "p99"): False,
-    ("per_token_s", "p50"): False,
-    ("between_pieces_s", "p99"): False,
-    ("end_to_end_s", "p50"): False,
-}
 
 
 def read_options() -> argparse.Namespace:
@@ -118,7 +109,8 @@ def start_targets(options: argparse.Namespace, model: Path, stack: contextlib.Ex
     if options.gguf:
         context = 2 * (options.prompt + options.output) + 64
         url = stack.enter_context(llama_server(options.gguf, options.threads, context))
-        never_end = {"logit_bias": {str(tokenizer.eos_id): -100}}  # it knows no ignore_eos
+        # it knows no ignore_eos, and would look through the last tokens at every step
+        never_end = {"logit_bias": {str(tokenizer.eos_id): -100}, "repeat_penalty": 1.0}
         targets["llama_cpp.server"] = over_http(url, greedy | never_end, options)
     for peer in options.peer:
         name, _, url = peer.partition("=")
@@ -143,23 +135,6 @@ def measure(options: argparse.Namespace, model: Path) -> dict[str, list[dict[str
                 if number:
                     rounds[name].append(found)
     return rounds
-
-
-def headline(rounds: list[dict[str, Any]], figure: str, part: str | None) -> float:
-    """The median over the rounds of one figure."""
-    return median(each[figure] if part is None else each[figure][part] for each in rounds)
-
-
-def compare(rounds: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Medians, and who wins what: the ratio is skymoe's figure over the other's."""
-    table: dict[str, Any] = {}
-    for (figure, part), more in _HEADLINES.items():
-        medians = {name: headline(each, figure, part) for name, each in rounds.items()}
-        ours = medians["skymoe"]
-        ratios = {name: ours / value for name, value in medians.items() if name != "skymoe" and value}
-        won = {name: (ratio > 1) == more for name, ratio in ratios.items()}
-        table[f"{figure} {part}" if part else figure] = {"medians": medians, "ratios": ratios, "skymoe_wins": won}
-    return table
 
 
 def physical_limit(options: argparse.Namespace, model: Path, gigabytes_per_s: float) -> dict[str, float]:
@@ -187,16 +162,6 @@ def check_precision(options: argparse.Namespace, model: Path) -> None:
             raise SystemExit(f"{options.gguf} is {ratio:.2f} times as large as {model}: another precision class")
 
 
-def print_table(result: dict[str, Any]) -> None:
-    """What a person wants to see."""
-    for figure, found in result["figures"].items():
-        print(figure)
-        for name, value in found["medians"].items():
-            ratio = f"  ratio {found['ratios'][name]:.2f}" if name in found["ratios"] else ""
-            print(f"    {name:32} {value:10.4f}{ratio}")
-    print("limit", json.dumps(result["limit"], indent=1))
-
-
 def main() -> None:
     """Measure, print, write."""
     options = read_options()
@@ -214,8 +179,9 @@ def main() -> None:
             "figures": compare(rounds),
             "rounds": rounds,
         }
-    print_table(result)
-    write_atomic(options.out, json.dumps(result, indent=1).encode() + b"\n")
+    print(table(result["figures"]))
+    print("limit", json.dumps(result["limit"], indent=1))
+    write_atomic(options.out, as_json(result))
 
 
 if __name__ == "__main__":

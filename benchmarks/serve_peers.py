@@ -63,13 +63,17 @@ def skymoe_server(model: Path, options: Sequence[str]) -> Iterator[str]:
 
 @contextmanager
 def llama_server(gguf: Path, threads: int, context: int) -> Iterator[str]:
-    """llama-cpp-python's server. By default a new request cuts off the one that runs; here it waits for it."""
+    """llama-cpp-python's server, by its better options.
+
+    By default a new request cuts off the one that runs (`interrupt_requests`), the logits of all prompt tokens are
+    computed (`logits_all`), and half of the cores are used.
+    """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [
         sys.executable, "-m", "llama_cpp.server", "--model", str(gguf), "--host", "127.0.0.1", "--port", str(port),
         "--n_ctx", str(context), "--n_threads", str(threads), "--n_threads_batch", str(threads),
-        "--interrupt_requests", "False", "--verbose", "False",
+        "--interrupt_requests", "False", "--logits_all", "False", "--verbose", "False",
     ]  # fmt: skip
     with _running(command, stdout=subprocess.DEVNULL) as process:
         url = f"http://127.0.0.1:{port}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import json
 import math
 import random
 import sys
@@ -28,6 +29,7 @@ def _import(name: str) -> ModuleType:
 
 
 load = _import("serve_load")
+comparison = _import("serve_compare")
 SLO = load.Objective(first_s=1.0, per_token_s=0.1)
 WHOLE = {"ignore_eos": True, "temperature": 0}
 
@@ -44,7 +46,7 @@ def running(model: Path) -> Iterator[Running]:
 
 
 def made(*pieces: float, start: float = 0.0, wanted: int = 3, error: str = "") -> object:
-    end = pieces[-1] if pieces else start
+    end = pieces[-1] if pieces else start + 0.01
     return load.Answer(wanted, start, end, list(pieces), len(pieces), 5, error)
 
 
@@ -138,3 +140,20 @@ def test_failures_are_named(model: Path, running: Running) -> None:
         assert broken.error and load.summarize([broken], SLO)["output_tokens"] == 0  # type: ignore[attr-defined]
         gone = asyncio.run(load.closed_loop(short.url, [load.Question("dog", 5)], WHOLE, 1))[0]
         assert gone.error.startswith("Connection") and math.isnan(load.summarize([gone], SLO)["first_token_s"]["p50"])
+
+
+def test_skymoe_can_lose_and_a_server_that_fails_is_compared_with_nobody() -> None:
+    fast = load.summarize([made(0.1, 0.2, 0.3)], SLO)
+    slow = load.summarize([made(0.2, 0.4, 0.6)], SLO)
+    refusing = load.summarize([made(0.1, 0.2, 0.3), made(error="ValueError: HTTP 429")], SLO)
+    nothing = load.summarize([made(error="ValueError: HTTP 429")], SLO)
+    figures = comparison.compare({"skymoe": [slow, fast, slow], "other": [fast] * 3, "refusing": [refusing] * 3})
+    assert figures["failed"] == {"skymoe": 0, "other": 0, "refusing": 3}
+    assert figures["first_token_s p50"]["ratios"] == {"other": pytest.approx(2.0)}
+    assert not any(won for figure in list(figures)[1:] for won in figures[figure]["wins"].values())
+    assert "loses" in comparison.table(figures) and "wins" not in comparison.table(figures)
+    won = comparison.compare({"skymoe": [fast], "other": [slow]})
+    assert won["output_tokens_per_s"]["wins"] == won["end_to_end_s p99"]["wins"] == {"other": True}
+    broken = comparison.compare({"skymoe": [nothing], "other": [slow]})
+    assert broken["first_token_s p50"]["wins"] == {}
+    assert json.loads(comparison.as_json(broken))["first_token_s p50"]["medians"]["skymoe"] is None
