@@ -43,8 +43,8 @@ def portable(asked: Asked, best: Found) -> Found | None:
     own = best.answer.stages.sizes
     if best.candidate.schedule is ScheduleKind.ONE_F_ONE_B and not any(size % 2 for size in own):
         return None
-    plain = asked.config.replace(schedule=ScheduleKind.ONE_F_ONE_B, chunks=None, whole_layers=True, top=1)
-    found = search(replace(asked, config=plain)).found
+    plain = asked.config.replace(schedule=ScheduleKind.ONE_F_ONE_B, chunks=None, whole_layers=True)
+    found = search(replace(asked, config=plain), top=1).found
     return found[0] if found else None
 
 

@@ -90,11 +90,12 @@ class Searched:
     legal: int
 
 
-def search(asked: Asked) -> Searched:
-    """Look at every legal layout."""
+def search(asked: Asked, *, top: int | None = None) -> Searched:
+    """Look at every legal layout for the best `top`; default: those that the config lists, and one more."""
+    top = asked.config.top + 1 if top is None else top
     legal = candidates(asked.config, asked.spec, asked.cluster, asked.sequences)
     priced = sorted(price_all(asked, legal), key=lambda one: (one.likely_s, one.candidate))
-    ranking = Ranking(asked.config.top + 1)
+    ranking = Ranking(top)
     found: list[Found] = []
     refused: list[Refused] = []
     for one in priced:
@@ -107,7 +108,7 @@ def search(asked: Asked) -> Searched:
             continue
         found.append(result)
         ranking.add(result)
-    return Searched(found=tuple(_improved(found, asked.config.top + 1)), refused=tuple(refused), legal=len(legal))
+    return Searched(found=tuple(_improved(found, top)), refused=tuple(refused), legal=len(legal))
 
 
 def _improved(found: Sequence[Found], top: int) -> list[Found]:
