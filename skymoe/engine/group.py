@@ -16,7 +16,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -32,6 +31,7 @@ from torch import Tensor
 
 from skymoe.base.errors import MachineError, SkymoeError
 from skymoe.base.log import logger
+from skymoe.base.module import module_command
 from skymoe.engine.assignment import LOST, Assignment, LastWord
 from skymoe.engine.config import EngineConfig
 from skymoe.engine.division import divide
@@ -264,7 +264,7 @@ class Followers:
 def _started(task: Assignment) -> subprocess.Popen[bytes]:
     """A follower that has been told its task. Its own group: Ctrl-C in a terminal is for rank 0."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "skymoe.engine.follower"], env={**os.environ, **_environment()}, stdin=subprocess.PIPE,
+        module_command("skymoe.engine.follower"), env={**os.environ, **_environment()}, stdin=subprocess.PIPE,
         process_group=0,
     )  # fmt: skip
     assert process.stdin is not None

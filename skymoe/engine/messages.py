@@ -24,6 +24,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from skymoe.base.errors import FormatError, printable
+from skymoe.base.module import module_command
 from skymoe.engine.config import EngineConfig
 from skymoe.engine.output import EngineInfo, EngineStats, TokenOutput
 from skymoe.engine.params import SamplingParams
@@ -202,6 +203,6 @@ class Inbox(Generic[M]):
         return not self._bytes
 
 
-def worker_arguments(descriptor: int) -> list[str]:
-    """Arguments for the Python interpreter that start an engine behind the inherited socket `descriptor`."""
-    return ["-m", "skymoe.engine.worker", "--socket", str(descriptor)]
+def worker_command(descriptor: int) -> list[str]:
+    """The command that starts an engine behind the inherited socket `descriptor`."""
+    return module_command("skymoe.engine.worker", "--socket", descriptor)

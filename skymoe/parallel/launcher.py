@@ -30,6 +30,7 @@ import torch.distributed as dist
 
 from skymoe.base.errors import ConfigError
 from skymoe.base.log import logger
+from skymoe.base.module import module_command
 from skymoe.parallel.failure import Failure, leave_word, read_verdict
 from skymoe.parallel.heartbeat import named, read_beat
 from skymoe.parallel.lifeline import LAUNCHER
@@ -53,7 +54,7 @@ def worker_command(*arguments: object) -> list[str]:
     """
     if "RANK" in os.environ:
         raise ConfigError("--nproc inside a launcher", where="environment", why="RANK is set", hint="leave --nproc out")
-    return [sys.executable, "-m", "skymoe", *map(str, arguments)]
+    return module_command("skymoe", *arguments)
 
 
 def launch(command: Sequence[str], num_ranks: int, *, max_restarts: int = 0) -> int:

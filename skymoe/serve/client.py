@@ -15,7 +15,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 from collections.abc import AsyncIterator, Sequence
 
 from skymoe.base.errors import FormatError, MachineError, printable
@@ -36,7 +35,7 @@ from skymoe.engine.messages import (
     Stop,
     pack,
     read_news,
-    worker_arguments,
+    worker_command,
 )
 from skymoe.engine.output import EngineInfo, EngineStats, Finish, TokenOutput
 from skymoe.engine.params import SamplingParams
@@ -261,9 +260,7 @@ class EngineClient:
 
 def _start_process(command: Sequence[str] | None, theirs: socket.socket) -> subprocess.Popen[bytes]:
     """The engine in a session of its own, so that Ctrl-C reaches the server alone; it dies with the server."""
-    arguments = [sys.executable, *worker_arguments(theirs.fileno())]
-    if command is not None:
-        arguments = [*command, str(theirs.fileno())]
+    arguments = worker_command(theirs.fileno()) if command is None else [*command, str(theirs.fileno())]
     try:
         return subprocess.Popen(
             arguments,

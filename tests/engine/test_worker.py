@@ -7,7 +7,6 @@ import signal
 import socket
 import struct
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,7 +32,7 @@ from skymoe.engine.messages import (
     Stop,
     pack,
     read_news,
-    worker_arguments,
+    worker_command,
 )
 from skymoe.engine.output import EngineStats, Finish, TokenOutput
 from skymoe.engine.params import SamplingParams
@@ -52,7 +51,7 @@ class Worker:
         self.socket.settimeout(LIMIT_S)
         with theirs:
             self.process = subprocess.Popen(
-                [sys.executable, *worker_arguments(theirs.fileno())],
+                worker_command(theirs.fileno()),
                 pass_fds=[theirs.fileno()],
                 env={**os.environ, LAUNCHER: str(os.getpid())},
                 stderr=subprocess.DEVNULL,
