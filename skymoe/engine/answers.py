@@ -12,6 +12,7 @@ import itertools
 import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from skymoe.base.errors import ConfigError
@@ -61,7 +62,8 @@ class Desk:
         self._engine, self._tokenizer, self._most = engine, tokenizer, most
         self._boxes: dict[str, deque[TokenOutput]] = {}  # of each request, the box of its iteration
         self._numbers = itertools.count()
-        self._lock = threading.Lock()
+        self._left = deque[str]()  # requests of iterations that were left
+        self._lock, self._depth = threading.RLock(), 0
 
     def answer(self, jobs: Iterable[Job]) -> Generator[list[News]]:
         """News of all jobs, in the steps in which they come. A job that cannot be answered has Finish.ERROR.
@@ -97,7 +99,7 @@ class Desk:
                 break
             name = str(next(self._numbers))
             try:
-                with self._lock:
+                with self._alone():
                     self._engine.add(name, job.prompt, job.params)
                     self._boxes[name] = box
             except QueueFullError:
@@ -113,7 +115,7 @@ class Desk:
 
     def _step(self, opened: dict[str, _Open], box: deque[TokenOutput]) -> list[News]:
         """Run a step, unless another iteration has left something in our box, and read the box."""
-        with self._lock:
+        with self._alone():
             if not box:
                 with whole_step():
                     for output in self._engine.step():
@@ -126,17 +128,34 @@ class Desk:
         job, text = opened[name].job, opened[name].text
         delta = _without_text(output) if text is None else text.push(output)
         if delta.finish is not None:
-            with self._lock:
+            with self._alone():
                 if text is not None and text.stopped:
                     self._engine.abort(name)
                 del self._boxes[name], opened[name]
         return News(job, output, delta)
 
     def _take_back(self, opened: dict[str, _Open]) -> None:
+        self._left.extend(opened)
+        with self._alone():
+            pass
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """No other thread is here.
+
+        The garbage collector may be, in this very thread, and end an iteration in the middle of a step of another: its
+        requests are taken back when the step has ended.
+        """
         with self._lock:
-            for name in opened:
-                self._engine.abort(name)
-                self._boxes.pop(name, None)
+            self._depth += 1
+            try:
+                yield
+            finally:
+                while self._left and self._depth == 1:
+                    name = self._left.popleft()
+                    self._engine.abort(name)
+                    self._boxes.pop(name, None)
+                self._depth -= 1
 
 
 def _drained(waiting: deque[Job]) -> Iterator[Job]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -136,6 +137,23 @@ def test_a_stream_that_is_left_gives_its_pages_back(llm: LLM) -> None:
     assert other == llm.generate("the fox", GREEDY)[0]
     assert sum(len(delta.token_ids) for delta in islice(stream, 20)) == 20  # what came meanwhile is not lost
     stream.close()
+    assert llm.stats().num_running == 0 and llm.stats().free_pages == llm.stats().num_pages
+
+
+def test_a_stream_that_the_garbage_collector_ends_within_a_step(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = llm.stream("the", SamplingParams(max_tokens=100, temperature=0))
+    next(stream)
+    circle: list[object] = [stream]
+    circle.append(circle)
+    step = llm._engine.step
+    gc.disable()
+    del stream, circle
+    monkeypatch.setattr(llm._engine, "step", lambda: (gc.collect(), step())[1])
+    try:
+        (found,) = llm.generate("the fox", GREEDY)
+    finally:
+        gc.enable()
+    assert len(found.outputs[0].token_ids) == GREEDY.max_tokens
     assert llm.stats().num_running == 0 and llm.stats().free_pages == llm.stats().num_pages
 
 
