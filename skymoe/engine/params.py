@@ -36,7 +36,7 @@ class SamplingParams:
         logit_bias: token id to what is added to its logit, from -100 to 100.
         logprobs: report the log-probabilities of so many most likely tokens, beside the chosen one; None reports none.
         prompt_logprobs: the same of every prompt token but the first.
-        stop: the text ends before the first of these.
+        stop: the text ends before the first of these; one alone may be given as it is.
         stop_token_ids: tokens that end the text, beside the end-of-text tokens of the model.
         ignore_eos: go on after an end-of-text token.
     """
@@ -71,7 +71,9 @@ class SamplingParams:
         _integer("seed", self.seed, 0, MAX_SEED, optional=True)
         _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS, optional=True)
         _integer("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS, optional=True)
-        if len(self.stop) > MAX_STOPS or any(not s or len(s.encode()) > MAX_STOP_BYTES for s in self.stop):
+        if isinstance(self.stop, str):  # would be taken for its letters
+            object.__setattr__(self, "stop", (self.stop,))
+        if len(self.stop) > MAX_STOPS or not all(_is_stop(text) for text in self.stop):
             raise ConfigError(f"stop takes up to {MAX_STOPS} strings of 1 to {MAX_STOP_BYTES} bytes")
         if len(self.stop_token_ids) > MAX_BIASES:
             raise ConfigError(f"stop_token_ids takes up to {MAX_BIASES} tokens")
@@ -86,6 +88,13 @@ class SamplingParams:
     def is_greedy(self) -> bool:
         """Whether the most likely token is taken."""
         return self.temperature == 0
+
+
+def _is_stop(text: object) -> bool:
+    try:
+        return isinstance(text, str) and 0 < len(text.encode()) <= MAX_STOP_BYTES
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
 
 
 def _integer(name: str, value: int | None, least: int, most: int, *, optional: bool = False) -> None:

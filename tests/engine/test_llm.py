@@ -106,6 +106,13 @@ def test_a_stop_string_ends_the_answer_and_its_request(llm: LLM) -> None:
     assert llm.stats().num_running == 0
 
 
+def test_one_stop_string_is_not_taken_for_its_letters() -> None:
+    assert SamplingParams(stop="</s>").stop == ("</s>",)  # type: ignore[arg-type]
+    for bad in ("", "x" * 257, ("\ud800",), (5,)):
+        with pytest.raises(ConfigError, match="stop takes"):
+            SamplingParams(stop=bad)  # type: ignore[arg-type]
+
+
 def test_what_cannot_be_answered_is_named_before_any_work(llm: LLM) -> None:
     before = llm.stats().num_steps
     for prompts, told in (
