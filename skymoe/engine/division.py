@@ -116,7 +116,12 @@ def _heads(model: PlannedModel, asked: Asked) -> tuple[int, ...]:
     group, ranks = model.heads // model.kv_heads, asked.num_ranks
     sizes = asked.sizes.get("heads")
     groups = asked.sizes.get("kv_heads")
-    if groups is not None and ranks <= model.kv_heads:
+    if groups is not None and ranks > model.kv_heads:
+        raise ConfigError(
+            f"--split kv_heads: {ranks} ranks share {model.kv_heads} key/value heads", why="some are kept twice then",
+            hint="--split heads= says who reads which",
+        )  # fmt: skip
+    if groups is not None:
         _check_sum("kv_heads", groups, model.kv_heads)
         if sizes is not None and sizes != tuple(size * group for size in groups):
             raise ConfigError("--split heads and kv_heads contradict each other", hint="leave kv_heads out")

@@ -118,6 +118,7 @@ def test_groups_stay_whole_where_they_can() -> None:
         ({"split": ("heads=6,6",)}, "sums to 12, the model has 9"),
         ({"split": ("kv_heads=2,2",)}, "kv_heads=2,1"),
         ({"split": ("heads=6,3", "kv_heads=1,2")}, "contradict"),
+        ({"split": ("kv_heads=2,1,0,0",)}, "--split heads="),
         ({"split": ("ffn=100,101",)}, "ffn=100,100"),
         ({"split": ("experts=1,0",)}, "--split ffn="),
         ({"split": ("heads=3,6",), "tp": 3}, "ranks differ"),
