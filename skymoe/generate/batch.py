@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from skymoe.base.errors import ConfigError, SkymoeError
+from skymoe.base.files import machine_errors
 from skymoe.base.log import logger
 from skymoe.base.progress import progress
 from skymoe.engine.answers import Job, News
@@ -31,6 +32,7 @@ from skymoe.generate.tasks import Task, check_tasks, read_tasks
 
 _INTERRUPTED = 75
 _WEIGHTS = (".safetensors", ".json", ".jinja")
+_SAMPLES, _SAMPLE_BYTES = 64, 4096  # of a file of weights: another training run changes nearly all of them
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,8 @@ def run(config: BatchConfig) -> BatchReport:
     begin = time.perf_counter()
     _refuse_same(config.input, config.output)
     digests = check_tasks(config)
-    model = fingerprint(config.engine.model)
+    engine = config.engine
+    model = f"{fingerprint(engine.model)} {engine.dtype} {engine.kv_dtype} {engine.max_model_len}"
     keys = {index: key_of(model, digest) for index, digest in digests.items()}
     with open_results(config.output, keys, overwrite=config.overwrite) as results:
         if results.num_repaired:
@@ -105,13 +108,17 @@ def run(config: BatchConfig) -> BatchReport:
 
 
 def fingerprint(model: Path) -> str:
-    """Of a model directory, cheaply: its small files by content, its weights by name and size."""
+    """Of a model directory, cheaply: its small files by content, its weights by size and samples of their bytes."""
     digest = hashlib.sha256()
     for path in sorted(model.iterdir()) if model.is_dir() else ():
         if path.suffix in _WEIGHTS and path.is_file():
-            digest.update(f"{path.name} {path.stat().st_size}\n".encode("utf-8", "surrogateescape"))
-            if path.name == "config.json":
-                digest.update(path.read_bytes())
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size}\n".encode("utf-8", "surrogateescape"))
+            with machine_errors(path), path.open("rb") as file:
+                whole = path.suffix != ".safetensors"
+                for sample in range(1 if whole else _SAMPLES):
+                    file.seek(size * sample // _SAMPLES)
+                    digest.update(file.read(-1 if whole else _SAMPLE_BYTES))
     return digest.hexdigest()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from skymoe.base.errors import ConfigError, FormatError, MachineError
 from skymoe.engine.config import EngineConfig
 from skymoe.engine.llm import LLM
 from skymoe.engine.params import SamplingParams
-from skymoe.generate.batch import run
+from skymoe.generate.batch import fingerprint, run
 from skymoe.generate.config import BatchConfig
 from skymoe.generate.results import open_results
 
@@ -41,12 +42,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return chatty.write(tmp_path_factory.mktemp("batch"))
 
 
+def engine(model: Path, **changes: Any) -> EngineConfig:
+    return EngineConfig(model=model, max_batch=2, page_size=8, max_step_tokens=32, **changes)
+
+
 def config(model: Path, folder: Path, lines: list[Any] | str = LINES, **changes: Any) -> BatchConfig:
     text = lines if isinstance(lines, str) else "".join(json.dumps(line) + "\n" for line in lines)
     (folder / "in.jsonl").write_text(text)
-    options: dict[str, Any] = {"max_tokens": 8, "ignore_eos": True, **changes}
-    engine = EngineConfig(model=model, max_batch=2, page_size=8, max_step_tokens=32)
-    return BatchConfig(engine=engine, input=folder / "in.jsonl", output=folder / "out.jsonl", **options)
+    options: dict[str, Any] = {"engine": engine(model), "max_tokens": 8, "ignore_eos": True, **changes}
+    return BatchConfig(input=folder / "in.jsonl", output=folder / "out.jsonl", **options)
 
 
 def answers(asked: BatchConfig) -> list[dict[str, Any]]:
@@ -122,16 +126,30 @@ def test_a_file_of_somebody_else_is_left_alone(model: Path, tmp_path: Path, cont
 
 def test_answers_to_something_else_are_not_added_to(model: Path, tmp_path: Path) -> None:
     run(config(model, tmp_path, LINES[:2]))
-    for other in (
-        config(model, tmp_path, LINES[:2], temperature=0.5),
-        config(model, tmp_path, LINES[:2], seed=1),
-        config(model, tmp_path, LINES[1::-1]),
-        config(model, tmp_path, LINES[:1]),
-    ):
+    others: list[tuple[list[Any], dict[str, Any]]] = [
+        (LINES[:2], {"temperature": 0.5}),
+        (LINES[:2], {"seed": 1}),
+        (LINES[:2], {"engine": engine(model, kv_dtype="bf16")}),
+        (LINES[1::-1], {}),
+        (LINES[:1], {}),
+    ]
+    for lines, changes in others:
+        other = config(model, tmp_path, lines, **changes)
         before = other.output.read_bytes()
         with pytest.raises(ConfigError, match="another run"):
             run(other)
         assert other.output.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "chat_template.jinja", "tokenizer.json"])
+def test_another_model_of_the_same_size_is_told_from_this_one(model: Path, tmp_path: Path, name: str) -> None:
+    before = fingerprint(model)
+    shutil.copytree(model, tmp_path / "m")
+    assert fingerprint(tmp_path / "m") == before
+    data = (tmp_path / "m" / name).read_bytes()
+    half = len(data) // 2
+    (tmp_path / "m" / name).write_bytes(data[:half] + bytes(byte ^ 1 for byte in data[half:]))
+    assert fingerprint(tmp_path / "m") != before
 
 
 def test_two_runs_do_not_write_one_file(model: Path, tmp_path: Path) -> None:
