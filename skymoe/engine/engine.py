@@ -56,8 +56,8 @@ class Engine:
         spec = self._group.spec
         self._sampler = Sampler(spec.vocab_size, config.device)
         self._scheduler = Scheduler(
-            config, num_pages=self._group.num_pages, max_model_len=self._group.max_model_len, eos_ids=spec.eos_ids,
-            vocab_size=spec.vocab_size,
+            config, num_pages=self._group.num_pages, max_model_len=self._group.max_model_len,
+            eos_ids=self._group.eos_ids, vocab_size=spec.vocab_size,
         )  # fmt: skip
         self.info = _info(config, self._group, self._scheduler.max_model_len)
         self._step_seconds = 0.0
@@ -153,7 +153,7 @@ def _info(config: EngineConfig, group: ServingGroup, max_model_len: int) -> Engi
         name=config.model.resolve().name,
         vocab_size=spec.vocab_size,
         max_model_len=max_model_len,
-        eos_ids=tuple(spec.eos_ids),
+        eos_ids=group.eos_ids,
         bos_id=spec.bos_id,
         num_ranks=group.plan.num_ranks,
         num_pages=group.num_pages,

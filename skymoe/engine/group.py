@@ -36,6 +36,7 @@ from skymoe.engine.assignment import LOST, Assignment, LastWord
 from skymoe.engine.config import EngineConfig
 from skymoe.engine.division import divide
 from skymoe.engine.exchange import Exchange
+from skymoe.engine.model_files import end_tokens
 from skymoe.engine.runner import Runner, threads_of
 from skymoe.engine.step import StepPlan
 from skymoe.parallel.failure import is_loss_of_others
@@ -57,12 +58,14 @@ class ServingGroup:
     Attributes:
         spec: the model.
         plan: the division.
+        eos_ids: end-of-text tokens.
         num_pages: of the key/value cache, on every rank.
         max_model_len: the most tokens of a request.
         weights, kv_dtype: number formats, such as "fp8" and "bf16".
     """
 
-    def __init__(self, runner: Runner, followers: Followers, exchange: Exchange) -> None:
+    def __init__(self, runner: Runner, followers: Followers, exchange: Exchange, eos_ids: tuple[int, ...]) -> None:
+        self.eos_ids = eos_ids
         self._runner, self._followers, self._exchange = runner, followers, exchange
         self.spec, self.plan = runner.spec, runner.plan
         self.num_pages, self.max_model_len = runner.num_pages, runner.max_model_len
@@ -138,6 +141,7 @@ def open_group(config: EngineConfig, *, loaded: Callable[[int, int], None] | Non
         MachineError: a follower did not start, or memory is short.
     """
     spec = spec_from_directory(config.model)
+    eos_ids = end_tokens(config.model, spec)
     is_fp8, block = fp8_of(config.model)
     plan = divide(spec, config, fp8_block=block, weights="fp8" if is_fp8 else None)
     if config.plan is not None and (plan.weights == "fp8") != is_fp8:
@@ -159,7 +163,7 @@ def open_group(config: EngineConfig, *, loaded: Callable[[int, int], None] | Non
         if told is not None:
             raise told from error
         raise
-    return ServingGroup(runner, followers, exchange)
+    return ServingGroup(runner, followers, exchange, eos_ids)
 
 
 def fp8_of(directory: Path) -> tuple[bool, int | None]:

@@ -3,15 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from skymoe.base.inside import read_inside
+from skymoe.base.strict_json import parse_json
 from skymoe.engine.weights import Fp8, Plain
 from skymoe.ops.fp8_matmul import checked_codes
+from skymoe.spec.model import ModelSpec
 from skymoe.spec.quantization import Fp8Scheme
+from skymoe.weights.companions import GENERATION_NAME
 from skymoe.weights.decoded import DecodedReader
 from skymoe.weights.match import Match
+
+_MAX_BYTES = 1 << 20
+
+
+def end_tokens(directory: Path, spec: ModelSpec) -> tuple[int, ...]:
+    """End-of-text tokens: those of config.json, and those that chat models add in generation_config.json.
+
+    Raises:
+        FormatError: that file is no JSON, or a link that leads out of the directory.
+    """
+    data = read_inside(directory, GENERATION_NAME, max_bytes=_MAX_BYTES)
+    found = {} if data is None else parse_json(data, where=directory / GENERATION_NAME)
+    named = found.get("eos_token_id") if isinstance(found, dict) else None
+    more = [token for token in (named if isinstance(named, list) else [named]) if type(token) is int]
+    return tuple(dict.fromkeys((*spec.eos_ids, *(token for token in more if 0 <= token < spec.vocab_size))))
 
 
 class ModelFiles:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -203,6 +206,20 @@ def test_without_a_tokenizer_prompts_are_tokens(model: Path, tmp_path: Path) -> 
             llm.generate("the", GREEDY)
         with pytest.raises(FormatError, match="chat template"):
             llm.chat([{"role": "user", "content": "x"}])
+
+
+def test_end_tokens_of_generation_config_end_an_answer(model: Path, tmp_path: Path) -> None:
+    """As with transformers and vLLM: many chat models name the end of a turn there, and only the end of text before."""
+    shutil.copytree(model, tmp_path / "m")
+    with LLM(model) as llm:
+        (whole,) = llm.generate([[5, 6, 7]], replace(GREEDY, ignore_eos=True))
+    ids = whole.outputs[0].token_ids
+    (tmp_path / "m" / "generation_config.json").write_text(json.dumps({"eos_token_id": [ids[3], 10**6]}))
+    with LLM(tmp_path / "m") as llm:
+        (found,) = llm.generate([[5, 6, 7]], GREEDY)
+        assert ids[3] in llm.info.eos_ids and 10**6 not in llm.info.eos_ids
+    assert found.outputs[0].finish is Finish.STOP
+    assert found.outputs[0].token_ids == ids[: ids.index(ids[3]) + 1]
 
 
 def test_options_are_read_strictly(model: Path, tmp_path: Path) -> None:
