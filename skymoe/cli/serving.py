@@ -21,7 +21,7 @@ def serve(
         list[str] | None, typer.Option(metavar="UNIT=A,B", help="heads=5,5,4, ffn=, experts=, or weights=3,1 (shares).")
     ] = None,
     plan: Annotated[Path | None, typer.Option(help="A serving plan of `skymoe plan serve --save`.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Of weights that are not FP8: fp32, bf16.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of weights that are not FP8: float32, bfloat16.")] = None,
     kv_dtype: Annotated[str | None, typer.Option(help="Of keys and values: auto, fp32, bf16, fp8.")] = None,
     kv_memory: Annotated[float | None, typer.Option(metavar="GB", help="Keys and values per rank, 10^9 bytes.")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="The most tokens of a request, prompt and answer.")] = None,
