@@ -121,12 +121,13 @@ class ChatTokens:
         """The ids of a text that has no special token, whatever is written in it."""
         pieces = [text]
         while True:
-            encodings = [
-                self._backend(is_first and i == 0).encode(piece, add_special_tokens=False)
-                for i, piece in enumerate(pieces)
-            ]
-            if not any(token in self._control for encoding in encodings for token in encoding.ids):
-                return [int(token) for encoding in encodings for token in encoding.ids]
+            backends = [self._backend(is_first and i == 0) for i in range(len(pieces))]
+            pairs = list(zip(backends, pieces, strict=True))
+            # batches of one let other threads run, and so does the end of an encoding without offsets
+            fast = [own.encode_batch_fast([piece], add_special_tokens=False)[0].ids for own, piece in pairs]
+            if not any(token in self._control for ids in fast for token in ids):
+                return [int(token) for ids in fast for token in ids]
+            encodings = [own.encode_batch([piece], add_special_tokens=False)[0] for own, piece in pairs]
             cut = [part for piece, enc in zip(pieces, encodings, strict=True) for part in self._cut(piece, enc)]
             if cut == pieces:  # a token that stands for none of the text
                 return [int(t) for encoding in encodings for t in encoding.ids if t not in self._control]

@@ -86,7 +86,7 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
             ids = await service.texts.tokenize(asked.prompt, special=asked.add_special_tokens)
         else:
             ids = await service.texts.chat(asked.messages, open_answer=asked.add_generation_prompt)
-        names = service.texts.names(ids) if asked.return_token_strs else None
+        names = await service.texts.names(ids) if asked.return_token_strs else None
         return _json(TokenizeAnswer(count=len(ids), max_model_len=info.max_model_len, tokens=ids, token_strs=names))
 
     @app.post("/detokenize", **posts(DetokenizeAnswer, DetokenizeRequest, TOKENS))

@@ -91,9 +91,9 @@ class Texts:
         except ConfigError as error:
             refuse(error, param="messages", code="template_refused")
 
-    def names(self, ids: Sequence[int]) -> list[str]:
+    async def names(self, ids: Sequence[int]) -> list[str]:
         """Each token as text."""
-        return [self._tokens.of(number).text for number in ids]
+        return await self._away(len(ids), lambda: [self._tokens.of(number).text for number in ids])
 
     def output(self, prompt: Sequence[int], params: SamplingParams, *, offset: int = 0) -> TextOutput:
         """What makes text of the tokens of one completion."""

@@ -21,6 +21,7 @@ import psutil
 import pytest
 from serve.servers import KEY, Running, engine_of, make_model, server, start
 
+from skymoe.serve.protocol.chat import ChatMessage
 from skymoe.serve.texts import Texts
 
 LONG = {"prompt": [5, 6, 7], "max_tokens": 2000, "ignore_eos": True}
@@ -164,13 +165,19 @@ def test_prompts_under_way_are_bounded_in_tokens(model: Path) -> None:
         check_empty(running)
 
 
-def test_tokenizer_on_thread(model: Path) -> None:
+@pytest.mark.parametrize("what", ["text", "chat", "names"])
+def test_tokenizer_on_thread(model: Path, what: str) -> None:
     """While a megabyte is tokenized the event loop turns: on the loop it would turn once."""
 
     async def turns() -> tuple[int, int, float]:
         texts = Texts(model, template_s=2)
         text = " ".join(f"the fox {i} äöü漢" for i in range(1 << 16))[: 1 << 20]
-        work = asyncio.create_task(texts.tokenize(text, special=True))
+        asked = {
+            "text": lambda: texts.tokenize(text, special=True),
+            "chat": lambda: texts.chat([ChatMessage(role="user", content=text)]),
+            "names": lambda: texts.names([9] * (1 << 19)),
+        }
+        work = asyncio.create_task(asked[what]())
         count, longest = 0, 0.0
         while not work.done():
             began = time.perf_counter()

@@ -17,10 +17,13 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from pydantic import ValidationError
 from serve.servers import KEY, Running, engine_of, make_model, server, start
 
 from skymoe.base.errors import ConfigError
 from skymoe.serve import safety
+from skymoe.serve.protocol.completions import CompletionRequest
+from skymoe.serve.protocol.tokens import DetokenizeRequest
 from skymoe.serve.safety import Key, check_bind, is_loopback, read_key
 
 OPEN = {"/", "/health", "/ready", "/static/{name}"}
@@ -264,6 +267,19 @@ def test_invalid_utf8_400(running: Running, body: bytes) -> None:
     answer = talk(running, request(body))
     assert status_of(answer) == 400
     assert json.loads(answer.split(b"\r\n\r\n", 1)[1])["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("item", [-1, [], [-1], "", 0.5, None, {}])
+def test_many_wrong_tokens_are_few_complaints(item: Any) -> None:
+    """A complaint for each of a million tokens would take seconds, in which nobody else is answered."""
+    for request, body in (
+        (CompletionRequest, {"prompt": [item] * 5000}),
+        (CompletionRequest, {"prompt": [[item] * 5000]}),
+        (DetokenizeRequest, {"tokens": [item] * 5000}),
+    ):
+        with pytest.raises(ValidationError) as caught:
+            request.model_validate_json(json.dumps(body))
+        assert caught.value.error_count() < 20
 
 
 def test_text_that_is_unusual_is_text(running: Running) -> None:

@@ -77,8 +77,13 @@ if TYPE_CHECKING:
 else:
     _Plain = Annotated[int, Field(ge=0, le=2**31 - 1)]
     _Id = whole(0, 2**31 - 1, format=TOKEN_ID)
-    # The plain reading first: it takes a million tokens ten times as fast.
-    TokenList = Annotated[list[_Plain] | list[_Id], Field(union_mode="left_to_right"), WithJsonSchema(TOKENS)]
+    # The plain reading first: it takes a million tokens ten times as fast. The first wrong token ends a reading: a
+    # complaint for each of a million took 19 s and 2 GB, and nobody else was answered meanwhile.
+    TokenList = Annotated[
+        Annotated[list[_Plain], Field(fail_fast=True)] | Annotated[list[_Id], Field(fail_fast=True)],
+        Field(union_mode="left_to_right"),
+        WithJsonSchema(TOKENS),
+    ]
     StopTokens = Annotated[list[_Id], Field(max_length=MAX_BIASES)]
     Seed = whole(-MAX_SEED - 1, MAX_SEED)
     Count = whole(0, MAX_TOKENS)

@@ -10,7 +10,7 @@ from skymoe.serve.protocol.common import TOKENS, Answer, Count, One, Sampling, T
 
 MAX_PROMPTS = 128
 
-_Texts = Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
+_Texts = Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
 _Some = Field(min_length=1)
 _SomeTokens = {**TOKENS, "minItems": 1}
 _Many = {"type": "array", "minItems": 1, "maxItems": MAX_PROMPTS}
@@ -23,7 +23,7 @@ else:
         Annotated[TokenList, _Some]
         | Text
         | _Texts
-        | Annotated[list[Annotated[TokenList, _Some]], Field(min_length=1, max_length=MAX_PROMPTS)],
+        | Annotated[list[Annotated[TokenList, _Some]], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)],
         Field(union_mode="left_to_right"),
         WithJsonSchema(
             {
