@@ -117,11 +117,12 @@ class _Server:
         name = config.name or config.engine.model.resolve().name
         limits = config.limits
         most = config.engine.max_batch + limits.waiting
+        queue = max(config.engine.max_queue, min(most, 1 << 20))  # who is let in here finds room there
         admission = Admission(max_requests=most, max_tokens=limits.tokens)
         return Service(
             config=config,
             name=name,
-            engine=EngineClient(config.engine, command=self._engine_command),
+            engine=EngineClient(config.engine.model_copy(update={"max_queue": queue}), command=self._engine_command),
             texts=Texts(config.engine.model, template_s=limits.template_s),
             admission=admission,
             metrics=Metrics(name, admission),

@@ -51,6 +51,7 @@ class EchoEngine:
         self.vocab_size = int(options.get("vocab", 300))
         self.max_model_len = int(options.get("context", 2048))
         self.waiting: list[Add] = []
+        self.max_queue = 0
         self.running: dict[str, tuple[Add, list[int]]] = {}
         self.prompt_tokens = self.generation_tokens = self.steps = 0
 
@@ -81,7 +82,10 @@ class EchoEngine:
     def obey(self, command: Command) -> None:
         match command:
             case Start():
+                self.max_queue = command.config.max_queue
                 self.load()
+            case Add() if len(self.waiting) >= self.max_queue:
+                self.say(Outputs((TokenOutput(request_id=command.id, finish=Finish.ERROR, error="full"),)))
             case Add():
                 self.waiting.append(command)
             case Abort():

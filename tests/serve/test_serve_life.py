@@ -154,6 +154,15 @@ def test_queue_bound_atomic(slow: Running) -> None:
     assert many.status_code == 400 and full.status_code == 429
 
 
+def test_who_is_let_in_finds_room_in_the_engine(model: Path) -> None:
+    """The engine bounds its own queue too; it has room for as many as the server lets in."""
+    body = {"prompt": ["x"] * 100, "max_tokens": 1}
+    with server(model, limits={"waiting": 1300}, engine={"step_s": 0.3}) as running, running.client() as client:
+        with ThreadPoolExecutor(13) as pool:
+            asked = [pool.submit(client.post, "/v1/completions", json=body) for _ in range(13)]
+        assert {each.result().status_code for each in asked} == {200}
+
+
 def test_prompts_under_way_are_bounded_in_tokens(model: Path) -> None:
     with server(model, engine={"step_s": 0.02}, limits={"tokens": 3000}) as running:
         with connect(running) as connection, running.client() as client:
