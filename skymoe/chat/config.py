@@ -6,6 +6,7 @@ from pydantic import Field
 
 from skymoe.base.config import Config
 from skymoe.engine.config import EngineConfig
+from skymoe.engine.params import MIN_REPETITION
 
 
 class ChatConfig(Config):
@@ -25,7 +26,7 @@ class ChatConfig(Config):
     """sample among the likeliest that sum to p"""
     min_p: float = Field(default=0.0, ge=0, le=1)
     """drop tokens less than this fraction as likely as the likeliest"""
-    repetition_penalty: float = Field(default=1.0, gt=0, le=10)
+    repetition_penalty: float = Field(default=1.0, ge=MIN_REPETITION, le=10)
     """above 1 makes tokens of the conversation less likely"""
     seed: int | None = Field(default=None, ge=0, lt=2**62)
     """the same seed and the same words give the same conversation"""

@@ -14,6 +14,7 @@ MAX_STOPS = 8
 MAX_STOP_BYTES = 256
 MAX_BIASES = 300
 MAX_SEED = 2**63 - 1
+MIN_REPETITION = 0.01  # logits are divided by it, and must stay numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +68,7 @@ class SamplingParams:
         _number("min_p", self.min_p, 0, 1)
         _number("presence_penalty", self.presence_penalty, -2, 2)
         _number("frequency_penalty", self.frequency_penalty, -2, 2)
-        _number("repetition_penalty", self.repetition_penalty, 0, 10, above=True)
+        _number("repetition_penalty", self.repetition_penalty, MIN_REPETITION, 10)
         _integer("seed", self.seed, 0, MAX_SEED, optional=True)
         _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS, optional=True)
         _integer("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS, optional=True)

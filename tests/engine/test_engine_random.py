@@ -14,7 +14,7 @@ from skymoe.base.errors import ConfigError
 from skymoe.engine.config import EngineConfig
 from skymoe.engine.engine import Engine
 from skymoe.engine.output import Finish
-from skymoe.engine.params import SamplingParams
+from skymoe.engine.params import MIN_REPETITION, SamplingParams
 
 VOCAB = 97
 
@@ -30,7 +30,7 @@ def random_params(draw: random.Random) -> SamplingParams:
         min_p=[0.1, 1.0],
         presence_penalty=[-2, 2.0],
         frequency_penalty=[-2.0, 2],
-        repetition_penalty=[1e-6, 0.5, 10],
+        repetition_penalty=[MIN_REPETITION, 0.5, 10],
         seed=[0, 2**63 - 1],
         logit_bias=[{5: -100.0, 6: 100.0}, {token: -100 for token in range(96)}],
         logprobs=[0, 3, 20],

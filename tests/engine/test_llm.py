@@ -116,6 +116,13 @@ def test_one_stop_string_is_not_taken_for_its_letters() -> None:
             SamplingParams(stop=bad)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("penalty", [0, 1e-300, 0.0099, 10.1])
+def test_a_repetition_penalty_that_would_leave_no_numbers_is_refused(penalty: float) -> None:
+    with pytest.raises(ConfigError, match="repetition_penalty must be from 0.01 to 10"):
+        SamplingParams(repetition_penalty=penalty)
+    assert SamplingParams(repetition_penalty=0.01).repetition_penalty == 0.01
+
+
 def test_what_cannot_be_answered_is_named_before_any_work(llm: LLM) -> None:
     before = llm.stats().num_steps
     for prompts, told in (

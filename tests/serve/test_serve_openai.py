@@ -188,6 +188,7 @@ def test_prompt_longer_than_context_400(http: httpx.Client) -> None:
         ("n", 9), ("n", 0), ("n", "2"), ("n", True), ("n", 1.5), ("max_tokens", -1), ("temperature", -0.1),
         ("temperature", 1e999),
         ("top_p", 0), ("top_p", 1.01), ("top_k", -2), ("min_p", 2), ("presence_penalty", 3), ("seed", 2**70),
+        ("repetition_penalty", 1e-300), ("repetition_penalty", 0), ("repetition_penalty", 0.009),
         ("stop", ["a"] * 9), ("stop", [""]), ("stop", "x" * 300), ("logit_bias", {"x": 1}), ("logit_bias", {"01": 1}),
         ("logit_bias", {"1": 101}), ("logit_bias", {str(i): 1 for i in range(301)}), ("logit_bias", {"300": 1}),
         ("logprobs", 21), ("logprobs", True), ("best_of", 2), ("suffix", "x"), ("prompt", []), ("prompt", ""),

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, WithJsonSchema
 
-from skymoe.engine.params import MAX_BIASES, MAX_LOGPROBS, MAX_SEED, MAX_STOP_BYTES, MAX_STOPS
+from skymoe.engine.params import MAX_BIASES, MAX_LOGPROBS, MAX_SEED, MAX_STOP_BYTES, MAX_STOPS, MIN_REPETITION
 
 MAX_N = 8
 MAX_TOKENS = 2**31 - 1
@@ -138,7 +138,7 @@ class Sampling(Message):
     logit_bias: LogitBias | None = None
     top_k: TopK | None = None
     min_p: float | None = Field(default=None, ge=0, le=1)
-    repetition_penalty: float | None = Field(default=None, gt=0, le=10)
+    repetition_penalty: float | None = Field(default=None, ge=MIN_REPETITION, le=10)
     min_tokens: Count | None = None
     ignore_eos: bool | None = None
     stop_token_ids: StopTokens | None = None
