@@ -5,8 +5,8 @@ r"""The prompts of a batch: one JSON object per line, read strictly.
     {"id": "q7", "messages": [{"role": "user", "content": "Hello"}], "stop": ["\n"]}
 
 `prompt` is text or token ids, `messages` a conversation for the chat template of the model; one of the two. `id` is
-copied to the answer. Every field of `SamplingParams` may stand beside them and holds for this line; what is absent is
-that of the command line. Empty lines are skipped and have no number.
+copied to the answer. Every field of `SamplingParams` may stand beside them and holds for this line (`stop` also as one
+text); what is absent is that of the command line. Empty lines are skipped and have no number.
 
 The whole file is read and checked before the model is loaded, so a mistake in line 90,000 is told after a second and
 not after a night. What only the model can say (a prompt that is longer than the context) ends the line it concerns.
@@ -137,6 +137,8 @@ def _task(config: BatchConfig, index: int, number: int, data: bytes) -> Task:
     if not isinstance(content, dict):
         raise FormatError(f"expected a JSON object, found {type(content).__name__}", where=where)
     given = {name: value for name, value in content.items() if name in _PARAMETERS}
+    if isinstance(given.get("stop"), str):
+        given["stop"] = [given["stop"]]
     line = _checked(_Line, {name: value for name, value in content.items() if name not in _PARAMETERS}, where)
     if (line.prompt is None) == (line.messages is None):
         raise FormatError('a line has either "prompt" or "messages"', where=where)

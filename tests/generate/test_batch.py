@@ -25,6 +25,7 @@ from skymoe.engine.params import SamplingParams
 from skymoe.generate.batch import fingerprint, run
 from skymoe.generate.config import BatchConfig
 from skymoe.generate.results import open_results
+from skymoe.generate.tasks import check_tasks, read_tasks
 
 LINES: list[dict[str, Any]] = [
     {"prompt": "the fox"},
@@ -176,7 +177,8 @@ def test_two_runs_do_not_write_one_file(model: Path, tmp_path: Path) -> None:
         ('{"prompt": "a", "temperature": "1"}', "temperature"),
         ('{"prompt": "a", "temperature": NaN}', "NaN"),
         ('{"prompt": "a", "top_p": 1e400}', "too large"),
-        ('{"prompt": "a", "stop": "x"}', "stop"),
+        ('{"prompt": "a", "stop": ""}', "stop"),
+        ('{"prompt": "a", "stop": 5}', "stop"),
         ('{"prompt": "a", "logit_bias": {"x": 1}}', "logit_bias"),
         ('{"prompt": "a", "n": 2}', "unknown key 'n'"),
         ('{"prompt": "\\ud800"}', "JSON"),
@@ -191,6 +193,13 @@ def test_a_bad_line_is_told_before_any_work(tmp_path: Path, line: str, told: str
         run(asked)
     assert "no model" not in str(error.value) and not asked.output.exists()
     assert not line or "in.jsonl:3" in str(error.value)
+
+
+def test_one_stop_string_may_stand_as_it_is(tmp_path: Path) -> None:
+    asked = config(tmp_path, tmp_path, [{"prompt": "a", "stop": "\n"}, {"prompt": "a", "stop": ["\n"]}])
+    one, listed = read_tasks(asked)
+    assert one.params.stop == listed.params.stop == ("\n",)
+    assert check_tasks(asked)[0] == one.digest  # whichever way it is written
 
 
 def test_many_bad_lines_are_told_together(tmp_path: Path) -> None:
