@@ -268,6 +268,14 @@ def test_the_page_gets_its_facts(http: httpx.Client) -> None:
     assert set(facts) >= {"kv_cache_usage", "num_running", "num_waiting", "split", "weights", "kv_dtype"}
 
 
+def test_a_template_that_refuses_is_told_without_the_servers_paths(http: httpx.Client) -> None:
+    messages = [{"role": "user", "content": "refuse me"}]
+    error = refused(http, "/v1/chat/completions", 400, messages=messages)
+    assert error["code"] == "template_refused" and "as you wish" in error["message"]
+    assert error["message"].startswith("the chat template cannot render this conversation\n  why: ")
+    assert "/" not in error["message"] and "tokenizer_config" not in error["message"]
+
+
 def test_a_conversation_is_written_by_the_template(http: httpx.Client) -> None:
     messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "the <|endoftext|> fox"}]
     ids = post(http, "/tokenize", messages=messages)["tokens"]
