@@ -139,7 +139,7 @@ async def run(
                 channel.submit(request_id, choice.prompt, choice.params)
             async for news in channel:
                 choice = by_id[news.request_id]
-                _raise_failure(news)
+                _raise_failure(choice, news, service.metrics)
                 delta = choice.output.push(news)
                 _count(choice, news, delta, service.metrics, arrival)
                 if delta.finish is not None and news.finish is None:  # a stop string
@@ -153,8 +153,10 @@ async def run(
                     service.metrics.finished(Finish.ABORT)
 
 
-def _raise_failure(news: TokenOutput) -> None:
+def _raise_failure(choice: Choice, news: TokenOutput, metrics: Metrics) -> None:
     if news.finish is Finish.ERROR:
+        choice.finish = news.finish
+        metrics.finished(news.finish)
         raise ApiError(500, news.error or "the engine could not answer this request", code="engine_error")
     if news.finish is Finish.ABORT:
         raise ApiError(503, "the server is shutting down", code="aborted")

@@ -342,10 +342,17 @@ def test_connections_are_limited(running: Running) -> None:
 # ---- what else a client could reach
 
 
+def ended(client: httpx.Client, reason: str) -> float:
+    """Completions that ended so, as the metrics count them."""
+    pattern = rf'^skymoe_request_success_total\{{finished_reason="{reason}",.*\}} (.+)$'
+    return sum(map(float, re.findall(pattern, client.get("/metrics").text, re.MULTILINE)))
+
+
 def test_request_error_isolated(running: Running) -> None:
     """The engine fails at token 77; everybody else goes on."""
     with running.client() as client:
         engine = engine_of(running).pid
+        before = {reason: ended(client, reason) for reason in ("error", "abort")}
         with client.stream(
             "POST", "/v1/completions", json={"prompt": [5, 6], "max_tokens": 1500, "stream": True, "ignore_eos": True}
         ) as other:
@@ -355,6 +362,7 @@ def test_request_error_isolated(running: Running) -> None:
             assert bad.status_code == 500 and bad.json()["error"]["message"] == "not a number"
             streamed = client.post("/v1/completions", json={"prompt": [77], "max_tokens": 5, "stream": True})
             assert streamed.status_code == 500
+            assert [ended(client, reason) - before[reason] for reason in before] == [2, 0]
             assert list(lines)[-2] == "data: [DONE]"
         mixed = client.post("/v1/completions", json={"prompt": [[5], [77]], "max_tokens": 500, "stream": True})
         assert '"error":{"message":"not a number"' in mixed.text or mixed.status_code == 500
