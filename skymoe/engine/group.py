@@ -48,7 +48,8 @@ from skymoe.spec.serving_plan import ServingPlan
 from skymoe.weights.decoded import DecodedReader
 
 _POLL_S = 0.05
-_LOOK_S = 2.0  # for the one that died first to be seen as dead
+_LOOK_S = 8.0  # for a killed follower to be gone
+_GRACE_S = 0.5  # for a killed one to show up beside one that ended
 _LEAVE_S = 5.0  # for followers to end by themselves
 
 
@@ -223,18 +224,23 @@ class Followers:
         return self.culprit() if self._processes and is_loss_of_others(error) else None
 
     def culprit(self) -> SkymoeError:
-        """Who ended first, and why, as far as can be found out within two seconds."""
-        deadline = time.monotonic() + _LOOK_S
-        while time.monotonic() < deadline:
+        """Who ended first, and why, as far as can be found out.
+
+        A process that was killed is gone only when it has run once more, which takes seconds on a machine with much to
+        do; those that it left behind may end before it. So who was killed comes before who only ended.
+        """
+        begin = time.monotonic()
+        while (waited := time.monotonic() - begin) < _LOOK_S:
             self.look()
             ended = {rank: p.returncode for rank, p in self._processes.items() if p.returncode not in (None, LOST)}
-            for rank in sorted(ended, key=lambda rank: ended[rank] > 0):  # killed ones first
-                return self._obituary(rank, ended[rank])
+            for rank in sorted(ended, key=lambda rank: ended[rank] > 0):
+                if ended[rank] < 0 or waited > _GRACE_S:
+                    return self._obituary(rank, ended[rank])
+            stopped = [self._named(rank) for rank, process in self._processes.items() if _is_stopped(process.pid)]
+            if stopped:
+                told = f"{', '.join(stopped)} is stopped and does not answer"
+                return MachineError(told, hint="kill -CONT, or start again")
             time.sleep(_POLL_S)
-        stopped = [self._named(rank) for rank, process in self._processes.items() if _is_stopped(process.pid)]
-        if stopped:
-            told = f"{', '.join(stopped)} is stopped and does not answer"
-            return MachineError(told, hint="kill -CONT, or start again")
         lost = [self._named(rank) for rank, process in self._processes.items() if process.returncode == LOST]
         told = f"{', '.join(lost)} lost the others" if lost else "the ranks lost each other"
         return MachineError(told, why="one did not answer in time", hint="raise timeout_s if a step may take longer")

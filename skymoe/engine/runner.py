@@ -21,7 +21,7 @@ from skymoe.engine.kv_cache import PagedCache, bytes_per_token, paged_batch
 from skymoe.engine.load import load_share
 from skymoe.engine.model import ServingModel
 from skymoe.engine.shares import kv_heads_per_layer
-from skymoe.engine.step import StepPlan
+from skymoe.engine.step import Chunk, StepPlan
 from skymoe.ops.device import usable_device
 from skymoe.spec.model import ModelSpec
 from skymoe.spec.serving_plan import ServingPlan
@@ -82,6 +82,12 @@ class Runner:
             heads, self.num_pages, self.config.page_size, self.spec.head_dim, self._kv_dtype, self.device
         )
         self._model = ServingModel(self.spec, self.plan, self._share, exchange, cache)
+        self._warm_up(self._model)
+
+    def _warm_up(self, model: ServingModel) -> None:
+        """One token through all layers, in a page nobody has yet: what is compiled at first use is compiled now."""
+        self.run(StepPlan((Chunk((0,), 0, (0,), 1),)))
+        model.expert_tokens_LE.zero_()
 
     def run(self, step: StepPlan) -> Tensor | None:
         """One step; fp32 logits (R, V) on rank 0."""

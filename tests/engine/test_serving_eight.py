@@ -1,18 +1,24 @@
-"""The paper's split: 36 heads of 128 and 16 experts of 12288 columns, FP8 in blocks of 128, on eight real ranks.
+"""The paper's split: 36 heads of 128 and 16 experts of 12288 columns, FP8 in blocks of 128, on eight real ranks, and
+behind the server.
 
 One layer of random weights (2.8 GB on disk); the widths are those of the preset.
 """
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 from engine.ranks import difference
 
 from skymoe.base.dtype import DType
+from skymoe.data.tokenizer import train_tokenizer
 from skymoe.engine.config import EngineConfig
 from skymoe.engine.group import open_group
 from skymoe.engine.step import Chunk, StepPlan
@@ -64,3 +70,23 @@ def test_skywork_moe_on_eight_ranks(tmp_path: Path) -> None:
                 assert ranks.plan.split.columns == (1536,) * 8
             found[tp] = ranks.run(STEP)
     assert difference(found[8], found[1]) < 1e-5
+    assert answer_over_http(path, STEP.chunks[0].tokens) == int(found[1][1].argmax())
+
+
+def answer_over_http(path: Path, prompt: tuple[int, ...]) -> int:
+    """The most likely token after `prompt`, of `skymoe serve --tp 8`."""
+    train_tokenizer(["the quick brown fox jumps over the lazy dog"], 300).save(path)
+    command = [sys.executable, "-m", "skymoe", "serve", str(path), "--tp", "8", "--port", "0", "--dtype", "float32"]
+    options = ["--max-model-len", "64", "--max-batch", "2", "--set", "engine.threads=1", "engine.timeout_s=300"]
+    with subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            url = process.stdout.readline().removeprefix("ready ").strip()
+            body = {"prompt": list(prompt), "max_tokens": 1, "temperature": 0, "return_token_ids": True}
+            with httpx.Client(base_url=url, trust_env=False, timeout=300) as client:
+                said = client.post("/v1/completions", json={"model": client.get("/stats").json()["model"], **body})
+                assert said.status_code == 200, said.text
+                assert client.get("/stats").json()["split"]["heads"] == [5, 5, 5, 5, 4, 4, 4, 4]
+                return int(said.json()["choices"][0]["token_ids"][0])
+        finally:
+            process.send_signal(signal.SIGTERM)
