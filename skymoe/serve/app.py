@@ -60,7 +60,7 @@ def make_app(service: Service, *, key: Key | None) -> ASGIApp:
     _add_document(app, service, key)
     routes = frozenset(route.path for route in app.routes)  # type: ignore[attr-defined]
     inside = BodyLimit(app, limits=service.config.limits, admission=service.admission, queued=_QUEUED)
-    return Watch(Gate(inside, key=key), metrics=service.metrics, routes=routes)
+    return Watch(Gate(inside, key=key, host=service.config.host), metrics=service.metrics, routes=routes)
 
 
 def _add_generation(app: FastAPI, service: Service) -> None:

@@ -20,8 +20,9 @@ BODY = "skymoe.body"
 
 _TYPES = {
     400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 405: "invalid_request_error",
-    408: "timeout_error", 413: "invalid_request_error", 415: "invalid_request_error", 429: "rate_limit_error",
-    431: "invalid_request_error", 503: "service_unavailable_error",
+    408: "timeout_error", 413: "invalid_request_error", 415: "invalid_request_error", 421: "invalid_request_error",
+    429: "rate_limit_error", 431: "invalid_request_error", 501: "invalid_request_error",
+    503: "service_unavailable_error",
 }  # fmt: skip
 
 
@@ -66,9 +67,9 @@ def error_body(status: int, message: str, *, param: str | None = None, code: str
     return ErrorAnswer(error=detail).model_dump_json().encode()
 
 
-def raw_answer(status: int, message: str, headers: Mapping[str, str]) -> bytes:
+def raw_answer(status: int, message: str, headers: Mapping[str, str], *, code: str | None = None) -> bytes:
     """A whole HTTP/1.1 answer, for where no application has been asked; it ends the connection."""
-    body = error_body(status, message)
+    body = error_body(status, message, code=code)
     lines = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close", **headers}
     head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
     return f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\n{head}\r\n".encode() + body

@@ -22,6 +22,7 @@ _ALL = {
     401: "The API key is missing or wrong.",
     405: "The route has another method.",
     408: "The request did not arrive in time.",
+    421: "Without an API key: the Host header names another server.",
     431: "The headers are too large.",
     500: "A defect of the server, or of the model at this request.",
     503: "The server loads, drains, or has too many connections.",

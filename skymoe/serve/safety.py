@@ -2,6 +2,10 @@
 
 The rule is default-deny: a route is closed unless it is named in OPEN; a route added later is closed by itself. Keys
 are compared as SHA-256 digests, in a time that tells nothing about them, and a Key cannot be printed.
+
+Without a key, a server that only this machine reaches can still be reached by every page that its browsers show: the
+page's own name is made to mean 127.0.0.1 (DNS rebinding), and for the browser server and page are then one site. Such
+a request has the page's name in Host; so without a key only names are answered that nobody else can give away.
 """
 
 from __future__ import annotations
@@ -9,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
+import re
 from collections.abc import Mapping
 from ipaddress import ip_address
 from pathlib import Path
@@ -31,6 +36,7 @@ SECURITY_HEADERS = {
     "cross-origin-resource-policy": "same-origin",
 }
 
+_HOST = re.compile(r"(?:\[([^\[\]]+)\]|([^\[\]:]+))(?::[0-9]*)?")
 _MIN_KEY = 16
 _MAX_KEY = 1024
 _MAX_KEY_FILE = 4096
@@ -94,17 +100,36 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def is_our_host(value: str, host: str) -> bool:
+    """Whether a Host header, with any port or none, is localhost, an address, or `host`, the name we listen under.
+
+    Addresses and localhost are looked up nowhere, so nobody can make them mean another machine.
+    """
+    match = _HOST.fullmatch(value)
+    if match is None:
+        return False
+    inside, plain = match.groups()
+    if plain is not None and plain.lower() in ("localhost", host.lower()):
+        return True
+    try:
+        return ip_address(plain if inside is None else inside).version == (4 if inside is None else 6)
+    except ValueError:
+        return False
+
+
 class Gate:
     """ASGI middleware: the key at the door, and headers that keep a browser from mischief on every answer.
 
     Args:
         app: what is behind the door.
-        key: who has it may enter; None lets everybody in (loopback).
+        key: who has it may enter; None lets everybody in who means this server (loopback).
+        host: the name or address that the server listens under.
     """
 
-    def __init__(self, app: ASGIApp, *, key: Key | None) -> None:
+    def __init__(self, app: ASGIApp, *, key: Key | None, host: str) -> None:
         self._app = app
         self._key = key
+        self._host = host
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -117,10 +142,17 @@ class Gate:
                     headers.setdefault(name, value)  # the page has a stricter policy of its own
             await send(message)
 
-        if self._may_enter(scope):
+        if self._key is None and not self._is_meant(scope):
+            await _misdirected().response()(scope, receive, send_safely)
+        elif self._may_enter(scope):
             await self._app(scope, receive, send_safely)
         else:
             await _unauthorized().response()(scope, receive, send_safely)
+
+    def _is_meant(self, scope: Scope) -> bool:
+        """HTTP/1.0 may leave Host out; browsers never do."""
+        given = [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]
+        return all(is_our_host(value, self._host) for value in given)
 
     def _may_enter(self, scope: Scope) -> bool:
         path = scope["path"]
@@ -140,4 +172,12 @@ def _unauthorized() -> ApiError:
         "this server needs its API key: `Authorization: Bearer KEY`",
         code="invalid_api_key",
         headers={"www-authenticate": "Bearer"},
+    )
+
+
+def _misdirected() -> ApiError:
+    return ApiError(
+        421,
+        "without an API key this server answers to localhost, to addresses, and to the name given by --host",
+        code="unknown_host",
     )
