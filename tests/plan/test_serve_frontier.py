@@ -7,7 +7,7 @@ from dataclasses import replace
 from itertools import product
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from skymoe.plan.hardware.catalogue import parse_gpus
@@ -54,6 +54,7 @@ def dealt(total: int, parts: int) -> list[tuple[int, ...]]:
     kv_bytes=st.sampled_from([1.0, 2.0]),
     pages=st.integers(1, 8),
 )
+@example(names=["rtx4090"] * 3, room=[5652480.0] * 3, kv_bytes=1.0, pages=1)  # equal, and no remainder goes round
 def test_no_division_is_both_faster_and_roomier(names, room, kv_bytes, pages):
     gpus = [replace(parse_gpus(name)[0], memory=size) for name, size in zip(names, room, strict=False)]
     served, reserve = small(kv_bytes), [0.0] * len(gpus)

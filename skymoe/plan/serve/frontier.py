@@ -45,7 +45,7 @@ def frontier(served: Served, gpus: Sequence[Gpu], reserve: Sequence[float], wish
     """From the fastest division in which `wish.kv_tokens` have room to the one with the most room; none: none fits."""
     found, tokens = _fastest(served, gpus, reserve, wish), wish.kv_tokens
     while found is not None:
-        if wish.fixed or len(set(gpus)) == 1:
+        if wish.fixed or (wish.rotate and len(set(gpus)) == 1):
             yield found
             return
         found = _roomiest(served, gpus, reserve, wish, found)
