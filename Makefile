@@ -11,12 +11,13 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint
 # tests stay together, so that what they share is made once.
 PYTEST  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help demo test test-slow lint format clean
+.PHONY: help demo test test-slow test-nightly lint format clean
 
 help:
 	@echo 'make demo       see it all: a dense model becomes a mixture of experts ($(OUT)/report.html)'
 	@echo 'make test       the fast tests'
 	@echo 'make test-slow  the slow tests: crashes at random points, seeds, the demo itself'
+	@echo 'make test-nightly  the longest: a fuzzed interface, a server under load for minutes'
 	@echo 'make lint       ruff, mypy, import-linter'
 	@echo 'make format     ruff, writing'
 	@echo 'make clean      remove .venv and caches'
@@ -28,7 +29,10 @@ test: $(VENV)/.installed-dev
 	$(PYTEST) --numprocesses 2 --dist loadfile $(ARGS)
 
 test-slow: $(VENV)/.installed-dev
-	$(PYTEST) -m slow --durations 20 $(ARGS)
+	$(PYTEST) -m 'slow and not nightly' --durations 20 $(ARGS)
+
+test-nightly: $(VENV)/.installed-dev
+	$(PYTEST) -m nightly --durations 20 $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -372,6 +372,7 @@ def test_flood_1000_conns_429_and_recover(model: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_soak_rss_flat(model: Path) -> None:
     """Many small requests of all kinds: the server's memory does not grow with their number."""
     with server(model, engine={"most": 4}) as running, running.client() as client:

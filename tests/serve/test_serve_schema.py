@@ -36,7 +36,10 @@ def check_schemathesis(running: Running, examples: int, folder: Path, phases: st
 
 @pytest.mark.parametrize(
     ("examples", "phases"),
-    [(3, "examples,fuzzing,stateful"), pytest.param(500, "examples,coverage,fuzzing,stateful", marks=pytest.mark.slow)],
+    [
+        (3, "examples,fuzzing,stateful"),
+        pytest.param(500, "examples,coverage,fuzzing,stateful", marks=[pytest.mark.slow, pytest.mark.nightly]),
+    ],
 )
 def test_schemathesis_all_phases(examples: int, phases: str, tmp_path: Path) -> None:
     with server(make_model(tmp_path / "model"), engine=_ENGINE) as running:
