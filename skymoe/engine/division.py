@@ -9,8 +9,8 @@ Whichever way, the answer is one `ServingPlan`, and nothing after this file asks
 
 - **Heads** are dealt in whole key/value groups, so that no key/value head is kept twice. Where there are more ranks
   than key/value heads, consecutive ranks form a team per head; each of the team keeps that head, and its query heads
-  are divided among them (by `weights` too, which count within the team only). More ranks than query heads leave some without attention: `--tp` refuses that, a split that
-  says so (`heads=1,1,1,0`) is taken at its word.
+  are divided among them (by `weights` too, which count within the team only). More ranks than query heads leave some
+  without attention: `--tp` refuses that, a split that says so (`heads=1,1,1,0`) is taken at its word.
 - **Columns** of the feed-forward (of every expert alike, as the paper's own serving does: 8 x 1536 of 12288) are all
   dealt. Where the weights are FP8 in blocks a cut falls between blocks; with fewer blocks than ranks some ranks have no
   column, and still take part in attention and sums.
