@@ -85,8 +85,10 @@ M = TypeVar("M", bound=BaseModel)
 
 
 def refuse(error: SkymoeError, *, param: str | None = None, code: str | None = None) -> NoReturn:
-    """A user's error, raised by what the server calls, is the client's: 400. Where it happened, a file of the server's,
-    is nothing for clients to know."""
+    """A user's error, raised by what the server calls, is the client's: 400.
+
+    Where it happened (a file of the server's) is nothing for clients to know.
+    """
     lines = (error.what, error.why and f"  why: {error.why}", error.hint and f"  try: {error.hint}")
     raise ApiError(400, "\n".join(filter(None, lines)), param=param, code=code) from error
 

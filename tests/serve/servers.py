@@ -19,7 +19,8 @@ import psutil
 
 KEY = "a-key-of-the-tests-0123456789"
 TEMPLATE = (
-    "{% for message in messages %}{% if 'refuse me' in message.content %}{{ raise_exception('as you wish') }}{% endif %}"
+    "{% for message in messages %}"
+    "{% if 'refuse me' in message.content %}{{ raise_exception('as you wish') }}{% endif %}"
     "{{ message.role }}: {{ message.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
