@@ -7,6 +7,7 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from starlette.types import Send
 
@@ -24,6 +25,7 @@ from skymoe.serve.service import Service
 from skymoe.serve.sse import Events, send_events, send_json
 
 _DEFAULT_MAX_TOKENS = 16
+_TOKENS = {"token_ids", "prompt_token_ids"}  # of a choice; OpenAI's answers have none
 
 
 @dataclass
@@ -33,6 +35,7 @@ class Written:
     text: str = ""
     logprobs: list[LogprobText] = field(default_factory=list)
     finish: str | None = None
+    token_ids: list[int] = field(default_factory=list)
 
 
 class Completion:
@@ -50,6 +53,7 @@ class Completion:
         self._id = f"cmpl-{secrets.token_hex(12)}"
         self._created = int(time.time())
         self._max_tokens = _DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens
+        self._with_tokens = bool(request.return_token_ids)
         self._info = service.info()
         service.check_model(request.model)
         self._num_choices = service.check_choices(len(request.prompts), request)
@@ -101,7 +105,8 @@ class Completion:
                 written[choice.index].text += piece.text
                 written[choice.index].logprobs += piece.logprobs
                 written[choice.index].finish = piece.finish
-        answers = [self._choice(index, each) for index, each in enumerate(written)]
+                written[choice.index].token_ids += piece.token_ids
+        answers = [self._choice(choice, written[choice.index], opens=True) for choice in choices]
         return self._json(answers, usage(choices, written=self._max_tokens > 0))
 
     async def _events(self, choices: Sequence[Choice], texts: Sequence[str]) -> Events:
@@ -110,11 +115,12 @@ class Completion:
         async with contextlib.aclosing(run(self._service, choices, self._arrival)) as deltas:
             async for choice, delta in deltas:
                 piece = self._piece(delta)
-                if choice.index in fresh:
+                opens = choice.index in fresh
+                if opens:
                     piece.text = texts[choice.prompt_index] + piece.text
-                if piece.text or piece.logprobs or piece.finish:
+                if piece.text or piece.logprobs or piece.finish or piece.token_ids:
                     fresh.discard(choice.index)
-                    yield self._json([self._choice(choice.index, piece)], self._usage_so_far(choices))
+                    yield self._json([self._choice(choice, piece, opens=opens)], self._usage_so_far(choices))
         if self._request.wants_usage:
             yield self._json([], usage(choices, written=self._max_tokens > 0))
 
@@ -127,16 +133,26 @@ class Completion:
         logprobs = list(delta.prompt_logprobs or ())
         if self._max_tokens == 0:
             return Written("", logprobs, None if delta.finish is None else "length")
-        return Written(delta.text, logprobs + list(delta.logprobs), delta.finish)
+        token_ids = list(delta.token_ids) if self._with_tokens else []
+        return Written(delta.text, logprobs + list(delta.logprobs), delta.finish, token_ids)
 
-    def _choice(self, index: int, written: Written) -> CompletionChoice:
+    def _choice(self, choice: Choice, written: Written, *, opens: bool) -> CompletionChoice:
+        """`written` of a choice; `opens`: there was nothing of it before."""
         logprobs = (
             None if self._request.logprobs is None else CompletionLogprobs(**completion_logprobs(written.logprobs))
         )
-        return CompletionChoice(index=index, text=written.text, logprobs=logprobs, finish_reason=written.finish)
+        return CompletionChoice(
+            index=choice.index,
+            text=written.text,
+            logprobs=logprobs,
+            finish_reason=written.finish,
+            token_ids=written.token_ids,
+            prompt_token_ids=list(choice.prompt) if opens and self._with_tokens else None,
+        )
 
     def _json(self, choices: list[CompletionChoice], used: Usage | None) -> bytes:
         answer = CompletionAnswer(
             id=self._id, created=self._created, model=self._service.name, choices=choices, usage=used
         )
-        return answer.model_dump_json(exclude={"usage"} if used is None else None).encode()
+        hidden: dict[str, Any] = {} if self._with_tokens else {"choices": {"__all__": _TOKENS}}
+        return answer.model_dump_json(exclude=hidden if used is not None else {**hidden, "usage": True}).encode()

@@ -14,6 +14,10 @@ from serve.servers import Running, make_model, server
 openai = pytest.importorskip("openai")
 
 SENTENCE = "the quick brown fox jumps over the lazy dog"
+PLAIN: dict[str, dict[str, Any]] = {
+    "/v1/completions": {"prompt": "x", "max_tokens": 1},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1},
+}
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +43,12 @@ def refused(http: httpx.Client, path: str, status: int, **body: Any) -> dict[str
     assert answer.status_code == status, answer.text
     assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
     return dict(answer.json()["error"])
+
+
+def events(http: httpx.Client, path: str, **body: Any) -> list[dict[str, Any]]:
+    answer = http.post(path, json={**body, "stream": True})
+    assert answer.status_code == 200, answer.text
+    return [json.loads(event.removeprefix("data: ")) for event in answer.text.split("\n\n")[:-2]]
 
 
 def test_openai_sdk_conformance(running: Running) -> None:
@@ -213,7 +223,9 @@ def test_every_number_is_bounded(http: httpx.Client, field: str, value: Any) -> 
         {"modalities": ["audio"]}, {"audio": {"voice": "x"}}, {"messages": []}, {"messages": [{"role": "user"}]},
         {"messages": [{"role": "tool", "content": "x"}]}, {"messages": [{"role": "user", "content": []}]},
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://127.0.0.1"}}]}]},
-        {"max_completion_tokens": 0}, {"top_logprobs": 21},
+        {"max_completion_tokens": 0}, {"top_logprobs": 21}, {"function_call": {"name": "f"}}, {"documents": [{}]},
+        {"web_search_options": {}}, {"chat_template": "{{ 1 }}"}, {"chat_template_kwargs": {"enable_thinking": True}},
+        {"continue_final_message": True}, {"add_special_tokens": True}, {"echo": True},
     ],
 )  # fmt: skip
 def test_what_cannot_be_honoured_is_refused(http: httpx.Client, extra: dict[str, Any]) -> None:
@@ -222,12 +234,114 @@ def test_what_cannot_be_honoured_is_refused(http: httpx.Client, extra: dict[str,
     assert error["param"].split(".")[0] == next(iter(extra))
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("structured_outputs", {"json": {}}), ("guided_json", {"type": "object"}), ("guided_choice", ["a", "b"]),
+        ("guided_regex", "a+"), ("guided_grammar", "root ::= a"), ("truncate_prompt_tokens", 5), ("bad_words", ["a"]),
+        ("allowed_token_ids", [1, 2]), ("include_stop_str_in_output", True), ("skip_special_tokens", False),
+        ("prompt_logprobs", 1), ("use_beam_search", True), ("length_penalty", 0.5), ("logits_processors", ["x"]),
+        ("return_tokens_as_token_ids", True), ("best_of", 2), ("response_format", {"type": "json_object"}),
+    ],
+)  # fmt: skip
+def test_what_would_change_the_answer_is_refused_by_name(http: httpx.Client, field: str, value: Any) -> None:
+    for path, body in PLAIN.items():
+        error = refused(http, path, 400, **body, **{field: value})
+        assert error["param"].split(".")[0] == field and error["message"].startswith(field)
+
+
+def test_an_unsupported_field_is_told_as_such(http: httpx.Client) -> None:
+    for extra, told in (
+        ({"guided_json": {}}, "guided_json: is not supported; leave it out"),
+        ({"bad_words": ["x"]}, "bad_words: is not supported; leave it out, or empty"),
+        ({"skip_special_tokens": False}, "skip_special_tokens: is not supported but as true"),
+        ({"prompt_embeds": "AAAA"}, "prompt_embeds: is not supported; leave it out"),
+    ):
+        assert refused(http, "/v1/completions", 400, prompt="x", **extra)["message"] == told
+
+
+@pytest.mark.parametrize("prompt", [[True], [1.5], [1, "a"], ["a", 1], [[]], [], None, "", 5, {}, ["a"] * 200, [[-1]]])
+def test_a_wrong_prompt_is_told_what_a_prompt_is(http: httpx.Client, prompt: Any) -> None:
+    error = refused(http, "/v1/completions", 400, prompt=prompt)
+    assert error["param"] == "prompt"
+    assert error["message"] == (
+        "prompt: must be a text, a list of tokens (whole numbers from 0), or a list of up to 128 texts"
+        " or of up to 128 lists of tokens; none of them empty"
+    )
+
+
+@pytest.mark.parametrize("stop", [[1], ["a"] * 9, "", [""], "x" * 65, 5])
+def test_a_wrong_stop_is_told_what_a_stop_is(http: httpx.Client, stop: Any) -> None:
+    error = refused(http, "/v1/completions", 400, prompt="x", stop=stop)
+    assert error["message"] == "stop: must be a text of 1 to 64 characters, or a list of up to 8 such texts"
+
+
+def test_token_ids_come_when_asked_for(http: httpx.Client) -> None:
+    ids = post(http, "/tokenize", prompt="the fox €")["tokens"]
+    asked: dict[str, Any] = {"prompt": [ids, ids[:2]], "max_tokens": 12, "n": 2}
+    plain = post(http, "/v1/completions", **asked)
+    assert all(set(choice) == {"index", "text", "logprobs", "finish_reason"} for choice in plain["choices"])
+    whole = post(http, "/v1/completions", **asked, return_token_ids=True)
+    streamed = events(http, "/v1/completions", **asked, return_token_ids=True)
+    for choice, without in zip(whole["choices"], plain["choices"], strict=True):
+        prompt = asked["prompt"][choice["index"] // 2]
+        assert choice["prompt_token_ids"] == prompt and choice["text"] == without["text"]
+        assert post(http, "/detokenize", tokens=choice["token_ids"])["prompt"] == choice["text"]
+        own = [event["choices"][0] for event in streamed if event["choices"][0]["index"] == choice["index"]]
+        assert [piece["prompt_token_ids"] for piece in own] == [prompt] + [None] * (len(own) - 1)
+        assert sum((piece["token_ids"] for piece in own), []) == choice["token_ids"]
+    assert sum(len(choice["token_ids"]) for choice in whole["choices"]) == whole["usage"]["completion_tokens"] == 48
+    (scored,) = post(http, "/v1/completions", prompt=ids, max_tokens=0, echo=True, return_token_ids=True)["choices"]
+    assert scored["token_ids"] == [] and scored["prompt_token_ids"] == ids
+    by_token = {"prompt": ids, "stop_token_ids": ids[:1], "max_tokens": 99, "return_token_ids": True}
+    (ended,) = post(http, "/v1/completions", **by_token)["choices"]
+    assert ended["finish_reason"] == "stop" and ended["token_ids"][-1] == ids[0]
+
+
+def test_token_ids_of_a_conversation(http: httpx.Client) -> None:
+    asked: dict[str, Any] = {"messages": [{"role": "user", "content": "the € fox"}], "max_tokens": 20, "n": 2}
+    ids = post(http, "/tokenize", messages=asked["messages"])["tokens"]
+    plain = post(http, "/v1/chat/completions", **asked)
+    assert "prompt_token_ids" not in plain and "token_ids" not in plain["choices"][0]
+    whole = post(http, "/v1/chat/completions", **asked, return_token_ids=True)
+    streamed = events(http, "/v1/chat/completions", **asked, return_token_ids=True)
+    assert whole["prompt_token_ids"] == ids == streamed[0]["prompt_token_ids"]
+    assert not any("prompt_token_ids" in event for event in streamed[1:])
+    for choice in whole["choices"]:
+        assert post(http, "/detokenize", tokens=choice["token_ids"])["prompt"] == choice["message"]["content"]
+        own = [event["choices"][0] for event in streamed if event["choices"][0]["index"] == choice["index"]]
+        assert sum((piece["token_ids"] or [] for piece in own), []) == choice["token_ids"]
+    assert not any("token_ids" in event["choices"][0] for event in events(http, "/v1/chat/completions", **asked))
+
+
+def test_a_conversation_may_end_before_the_answer_opens(http: httpx.Client) -> None:
+    body: dict[str, Any] = {"messages": [{"role": "user", "content": "the fox"}], "add_generation_prompt": False}
+    ids = post(http, "/tokenize", **body)["tokens"]
+    answer = post(http, "/v1/chat/completions", **body, max_tokens=1, return_token_ids=True)
+    assert answer["prompt_token_ids"] == ids
+    opened = post(http, "/v1/chat/completions", **{**body, "add_generation_prompt": None, "max_tokens": 1})
+    assert opened["usage"]["prompt_tokens"] > len(ids) == answer["usage"]["prompt_tokens"]
+
+
 def test_what_asks_for_nothing_is_accepted(http: httpx.Client) -> None:
     neutral = {
         "tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "modalities": ["text"], "user": "me",
         "metadata": {"a": 1}, "parallel_tool_calls": True, "service_tier": "auto", "seed": None, "stop": None,
         "logit_bias": None, "stream_options": {"include_usage": True}, "top_logprobs": 2, "best_thing": [1],
     }  # fmt: skip
+    of_vllm = {
+        "structured_outputs": None, "guided_json": None, "guided_choice": None, "guided_regex": None, "bad_words": [],
+        "guided_grammar": None, "truncate_prompt_tokens": None, "prompt_logprobs": None, "allowed_token_ids": None,
+        "include_stop_str_in_output": False, "skip_special_tokens": True, "use_beam_search": False, "length_penalty": 1,
+        "logits_processors": [], "return_tokens_as_token_ids": False, "return_token_ids": False, "best_of": 1.0,
+    }  # fmt: skip
+    of_chats = {
+        "function_call": "auto", "documents": [], "web_search_options": None, "chat_template": None, "audio": None,
+        "chat_template_kwargs": {}, "continue_final_message": False, "add_special_tokens": False, "echo": False,
+        "add_generation_prompt": True, "functions": [],
+    }  # fmt: skip
+    for path, body in PLAIN.items():
+        assert post(http, path, **body, **of_vllm, **(of_chats if "messages" in body else {"prompt_embeds": None}))
     parts = [{"type": "text", "text": "the"}, {"type": "text", "text": "fox"}]
     messages = [{"role": "developer", "content": "x", "name": "op"}, {"role": "user", "content": parts}]
     answer = post(http, "/v1/chat/completions", messages=messages, max_tokens=1, **neutral)

@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from skymoe.serve.protocol.common import Answer, Message, Nothing, Positive, Sampling, TopLogprobs, Usage
+from skymoe.serve.protocol.common import Answer, Message, Positive, ResponseFormat, Sampling, TopLogprobs, Usage
+from skymoe.serve.protocol.told import Empty, EmptyObject, OnlyFalse, Refused
 
 MAX_MESSAGES = 1024
 MAX_PARTS = 64
@@ -25,18 +26,12 @@ class ChatMessage(Message):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS)]
     name: str | None = Field(default=None, max_length=64)
-    tool_calls: Nothing | None = None
+    tool_calls: Empty = None
 
     @property
     def text(self) -> str:
         """The content, its parts joined."""
         return self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
-
-
-class ResponseFormat(Message):
-    """The form of the answer: text."""
-
-    type: Literal["text"]
 
 
 class ChatRequest(Sampling):
@@ -51,11 +46,21 @@ class ChatRequest(Sampling):
     top_logprobs: TopLogprobs | None = None
     """with `logprobs`"""
     response_format: ResponseFormat | None = None
-    tools: Nothing | None = None
-    functions: Nothing | None = None
+    add_generation_prompt: bool | None = None
+    """end the prompt where the model is to speak; default: true"""
+    tools: Empty = None
+    functions: Empty = None
     tool_choice: Literal["none", "auto"] | None = None
+    function_call: Literal["none", "auto"] | None = None
     modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
-    audio: None = None
+    audio: Refused = None
+    web_search_options: Refused = None
+    documents: Empty = None
+    chat_template: Refused = None
+    chat_template_kwargs: EmptyObject = None
+    continue_final_message: OnlyFalse = None
+    add_special_tokens: OnlyFalse = None
+    echo: OnlyFalse = None
 
 
 class TopLogprob(Answer):
@@ -93,6 +98,8 @@ class ChatChoice(Answer):
     message: AnswerMessage
     logprobs: ChatLogprobs | None = None
     finish_reason: Literal["stop", "length"]
+    token_ids: list[int] | None = None
+    """the tokens written, with the one that ended the text; with `return_token_ids`"""
 
 
 class ChatAnswer(Answer):
@@ -104,6 +111,7 @@ class ChatAnswer(Answer):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    prompt_token_ids: list[int] | None = None
 
 
 class ChatChunkChoice(Answer):
@@ -114,6 +122,7 @@ class ChatChunkChoice(Answer):
     """the role first, then text"""
     logprobs: ChatLogprobs | None = None
     finish_reason: Literal["stop", "length"] | None = None
+    token_ids: list[int] | None = None
 
 
 class ChatChunk(Answer):
@@ -125,3 +134,5 @@ class ChatChunk(Answer):
     model: str
     choices: list[ChatChunkChoice]
     usage: Usage | None = None
+    prompt_token_ids: list[int] | None = None
+    """in the first event; with `return_token_ids`"""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, WithJsonSchema
 
 from skymoe.engine.params import MAX_BIASES, MAX_LOGPROBS, MAX_SEED, MAX_STOP_BYTES, MAX_STOPS, MIN_REPETITION
+from skymoe.serve.protocol.told import Empty, OnlyFalse, OnlyOne, OnlyTrue, Refused, Told
 
 MAX_N = 8
 MAX_TOKENS = 2**31 - 1
@@ -96,6 +97,10 @@ else:
 StopString = Annotated[
     str, StringConstraints(min_length=1, max_length=MAX_STOP_BYTES // 4), AfterValidator(_short_stop)
 ]
+Stop = Annotated[
+    StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)],
+    Told(f"must be a text of 1 to {MAX_STOP_BYTES // 4} characters, or a list of up to {MAX_STOPS} such texts"),
+]
 Text = Annotated[str, StringConstraints(min_length=1)]
 LogitBias = Annotated[
     dict[str, Annotated[float, Field(ge=-100, le=100)]],
@@ -110,7 +115,6 @@ LogitBias = Annotated[
         }
     ),
 ]
-Nothing = Annotated[list[Any], Field(max_length=0)]
 
 
 class StreamOptions(Message):
@@ -120,6 +124,12 @@ class StreamOptions(Message):
     """one more event at the end, with `usage` and no choices"""
     continuous_usage_stats: bool | None = None
     """usage so far in every event (of vLLM)"""
+
+
+class ResponseFormat(Message):
+    """The form of the answer: text."""
+
+    type: Literal["text"]
 
 
 class Sampling(Message):
@@ -132,7 +142,7 @@ class Sampling(Message):
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     seed: Seed | None = None
-    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = None
+    stop: Stop | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     logit_bias: LogitBias | None = None
@@ -142,6 +152,25 @@ class Sampling(Message):
     min_tokens: Count | None = None
     ignore_eos: bool | None = None
     stop_token_ids: StopTokens | None = None
+    return_token_ids: bool | None = None
+    """choices carry `token_ids`, and the answer the tokens of the prompt"""
+    structured_outputs: Refused = None
+    guided_json: Refused = None
+    guided_choice: Refused = None
+    guided_regex: Refused = None
+    guided_grammar: Refused = None
+    truncate_prompt_tokens: Refused = None
+    prompt_logprobs: Refused = None
+    """completions: `echo` with `logprobs`"""
+    bad_words: Empty = None
+    allowed_token_ids: Refused = None
+    logits_processors: Empty = None
+    include_stop_str_in_output: OnlyFalse = None
+    skip_special_tokens: OnlyTrue = None
+    return_tokens_as_token_ids: OnlyFalse = None
+    use_beam_search: OnlyFalse = None
+    length_penalty: OnlyOne = None
+    best_of: One | None = None
 
     @property
     def stops(self) -> tuple[str, ...]:

@@ -6,7 +6,18 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 from pydantic import Field, WithJsonSchema
 
-from skymoe.serve.protocol.common import TOKENS, Answer, Count, One, Sampling, Text, TokenList, TopLogprobs, Usage
+from skymoe.serve.protocol.common import (
+    TOKENS,
+    Answer,
+    Count,
+    ResponseFormat,
+    Sampling,
+    Text,
+    TokenList,
+    TopLogprobs,
+    Usage,
+)
+from skymoe.serve.protocol.told import Refused, Told
 
 MAX_PROMPTS = 128
 
@@ -25,6 +36,10 @@ else:
         | _Texts
         | Annotated[list[Annotated[TokenList, _Some]], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)],
         Field(union_mode="left_to_right"),
+        Told(
+            f"must be a text, a list of tokens (whole numbers from 0), or a list of up to {MAX_PROMPTS} texts or of"
+            f" up to {MAX_PROMPTS} lists of tokens; none of them empty"
+        ),
         WithJsonSchema(
             {
                 "anyOf": [
@@ -51,8 +66,9 @@ class CompletionRequest(Sampling):
     """default: 16; the context ends it too; 0 scores the prompt, with `echo`"""
     echo: bool | None = None
     logprobs: TopLogprobs | None = None
-    best_of: One | None = None
     suffix: Literal[""] | None = None
+    response_format: ResponseFormat | None = None
+    prompt_embeds: Refused = None
     add_special_tokens: bool | None = None
     """whether the tokenizer puts its begin token before text; default: true"""
 
@@ -82,6 +98,10 @@ class CompletionChoice(Answer):
     text: str
     logprobs: CompletionLogprobs | None = None
     finish_reason: Literal["stop", "length"] | None
+    token_ids: list[int] | None = None
+    """the tokens written, with the one that ended the text; with `return_token_ids`"""
+    prompt_token_ids: list[int] | None = None
+    """in a stream, in the first event of the choice"""
 
 
 class CompletionAnswer(Answer):
