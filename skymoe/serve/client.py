@@ -10,7 +10,6 @@ and `died` says which process it was and how it ended.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import signal
 import socket
@@ -42,7 +41,8 @@ from skymoe.engine.params import SamplingParams
 from skymoe.parallel.lifeline import LAUNCHER
 
 _READ_BYTES = 1 << 18
-_STOP_S = 10.0
+_STOP_S = 5.0  # in all, from being told to being killed
+_GRACE_S = 2.0
 
 
 class EngineDied(MachineError):
@@ -178,13 +178,18 @@ class EngineClient:
         return await answer
 
     async def stop(self) -> None:
-        """End the process: asked first, then made to."""
+        """End the process: asked first, then made to. While it loads it does not listen, and has nothing to finish."""
         self._stopping = True
         self._say(Stop())
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(asyncio.shield(self._task), _STOP_S)
-        await self._end()
+        if self.ready.is_set():
+            await asyncio.wait([self._task], timeout=_STOP_S)
+        self.kill()
+        await self._task
         self._writer.close()
+
+    def kill(self) -> None:
+        """End the process at once, whatever it does; `died` is done soon after. Its followers end with it."""
+        self._process.kill()
 
     def _say(self, message: Command) -> None:
         if not self._writer.is_closing():
@@ -234,9 +239,8 @@ class EngineClient:
 
     async def _end(self) -> int:
         """See that the process is gone; its exit code."""
-        grace = _STOP_S if self._stopping else 2.0
         try:
-            return await asyncio.to_thread(self._process.wait, grace)
+            return await asyncio.to_thread(self._process.wait, _STOP_S if self._stopping else _GRACE_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
             return await asyncio.to_thread(self._process.wait)

@@ -2,8 +2,9 @@
 
 The order: the address is bound first, so that a port that is taken costs no loading; the engine starts and the server
 answers `/health` while it loads; `ready http://..` appears on standard output when requests are answered. SIGTERM or
-Ctrl-C lets nobody in any more, lets who is in finish for `drain_s`, and ends; a second signal ends at once. When the
-engine's process ends, the server says how and ends with exit code 3.
+Ctrl-C lets nobody in any more, lets who is in finish for `drain_s`, and ends; an engine that has nothing left to do and
+does not end by itself within seconds is killed. A second signal, at any time, kills the engine and ends at once. When
+the engine's process ends, the server says how and ends with exit code 3.
 """
 
 from __future__ import annotations
@@ -88,29 +89,35 @@ class _Server:
     def __init__(self, config: ServeConfig, engine_command: Sequence[str] | None) -> None:
         self._config = config
         self._engine_command = engine_command
-        self._signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
+        self._told: asyncio.Future[signal.Signals]
+        self._interrupted = False
 
     async def serve(self, listener: socket.socket, key: Key | None) -> int:
         """Until the end; the exit code."""
-        loop = asyncio.get_running_loop()
-        for number in _SIGNALS:
-            loop.add_signal_handler(number, self._signals.put_nowait, number)
         service = self._make_service()
         http = self._make_http(service, key)
+        self._told = asyncio.get_running_loop().create_future()
+        for number in _SIGNALS:
+            asyncio.get_running_loop().add_signal_handler(number, self._hear, number, service, http)
         await service.engine.start()
         serving = asyncio.create_task(http.serve(sockets=[listener]))
         announcing = asyncio.create_task(self._announce(service, _address(listener)))
-        code = 0
         try:
-            code = await self._until_end(service)
+            await self._until_end(service)
         finally:
             announcing.cancel()
             http.should_exit = True
-            http.force_exit = code == _INTERRUPTED
-            await serving
-            await service.engine.stop()
+            await asyncio.gather(serving, service.engine.stop())
             service.texts.close()
-        return code
+        return _INTERRUPTED if self._interrupted else 0
+
+    def _hear(self, number: signal.Signals, service: Service, http: _Uvicorn) -> None:
+        """A signal. The first is waited for in `_until_end`; the second ends whatever is waited for by then."""
+        if not self._told.done():
+            self._told.set_result(number)
+            return
+        self._interrupted = http.force_exit = True
+        service.engine.kill()
 
     def _make_service(self) -> Service:
         config = self._config
@@ -152,27 +159,24 @@ class _Server:
         await service.engine.ready.wait()
         print(f"ready {address}", flush=True)
 
-    async def _until_end(self, service: Service) -> int:
+    async def _until_end(self, service: Service) -> None:
         """Wait for a signal, then for who is in. Raises EngineDied."""
-        first = asyncio.create_task(self._signals.get())
-        either: set[asyncio.Future[Any]] = {first, service.engine.died}
+        died = service.engine.died
+        either: set[asyncio.Future[Any]] = {self._told, died}
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-        if not first.done():
-            first.cancel()
-            raise service.engine.died.result()
+        if not self._told.done():
+            raise died.result()
         service.admission.draining = True
-        logger.info(f"{first.result().name}: draining, {service.admission.requests} under way; again to end at once")
-        second = asyncio.create_task(self._signals.get())
+        name = self._told.result().name
+        logger.info(f"{name}: draining, {service.admission.requests} under way; again to end at once")
         empty = asyncio.create_task(service.admission.empty())
-        ends: set[asyncio.Future[Any]] = {second, empty, service.engine.died}
+        ends: set[asyncio.Future[Any]] = {empty, died}
         await asyncio.wait(ends, timeout=self._config.drain_s, return_when=asyncio.FIRST_COMPLETED)
         empty.cancel()
-        second.cancel()
-        if service.engine.died.done():
-            raise service.engine.died.result()
-        if second.done() and not second.cancelled():
-            return _INTERRUPTED
+        if self._interrupted:  # which is how the engine died
+            return
+        if died.done():
+            raise died.result()
         if service.admission.requests:
             logger.warning(f"{service.admission.requests} requests did not end in {self._config.drain_s:g} s: aborted")
             service.engine.abort_all()
-        return 0

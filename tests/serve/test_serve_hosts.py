@@ -1,4 +1,4 @@
-"""A page in a browser of this machine, whose name its owner makes mean 127.0.0.1: without a key the name gives it away."""
+"""A page in a browser here, whose name its owner makes mean 127.0.0.1: without a key the name gives it away."""
 
 from __future__ import annotations
 
