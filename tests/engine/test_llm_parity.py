@@ -57,7 +57,9 @@ def test_in_batches_in_pieces_with_shared_beginnings_and_preemption(directory: P
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("directory", ALL, indirect=True)
+@pytest.mark.parametrize(
+    "directory", [pytest.param(name, marks=() if name in MAIN else pytest.mark.nightly) for name in ALL], indirect=True
+)
 def test_a_hundred_prompts(directory: Path) -> None:
     check_family(directory, 100)
 
