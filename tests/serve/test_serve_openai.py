@@ -242,7 +242,8 @@ def test_what_cannot_be_honoured_is_refused(http: httpx.Client, extra: dict[str,
         ("allowed_token_ids", [1, 2]), ("include_stop_str_in_output", True), ("skip_special_tokens", False),
         ("prompt_logprobs", 1), ("use_beam_search", True), ("length_penalty", 0.5),
         ("use_beam_search", 0), ("skip_special_tokens", 1), ("include_stop_str_in_output", 0.0),
-        ("logits_processors", ["x"]), ("return_tokens_as_token_ids", True), ("best_of", 2), ("response_format", {"type": "json_object"}),
+        ("logits_processors", ["x"]), ("return_tokens_as_token_ids", True), ("best_of", 2),
+        ("response_format", {"type": "json_object"}),
     ],
 )  # fmt: skip
 def test_what_would_change_the_answer_is_refused_by_name(http: httpx.Client, field: str, value: Any) -> None:
