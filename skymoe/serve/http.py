@@ -5,7 +5,10 @@ the connection or from their first byte; the body has `body_s` from there; and a
 `write_s`. A head of more than `header_bytes` is answered with 431, what is no HTTP with 400, what is late with 408, one
 connection too many with 503, and the connection is closed: first our half, then the rest when the client has had a
 moment to read why (a socket closed with bytes unread resets the connection, and the answer is lost).
-Bodies are bounded in `limits.py`. TLS and HTTP/2 are left to a proxy in front.
+A body has one length: Content-Length beside Transfer-Encoding, of which a proxy in front may believe the other one
+(request smuggling, RFC 9112 section 6.1), is refused with 400; a coding other than chunked with 501.
+Bodies are bounded in `limits.py`, but for a chunk that announces too much, which is refused here before it comes. TLS
+and HTTP/2 are left to a proxy in front.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import asyncio
 from typing import Any
 
 import h11
+from h11._readers import ChunkedReader
 from uvicorn.config import Config
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
@@ -23,30 +27,62 @@ from skymoe.serve.cork import Cork
 from skymoe.serve.errors import raw_answer
 
 _LINGER_S = 1.0
+_WHY = {
+    431: "the request's headers are too large",
+    501: "Transfer-Encoding: the only coding that is understood is `chunked`, once",
+}
+_CODES = {413: "body_too_large"}
 
 
 class _Connection(h11.Connection):
-    """h11's, with a bound of the head that also holds for one that arrives whole, and the status of what it refuses."""
+    """h11's, with a bound of the head that also holds for one that arrives whole, and what it refuses, and why.
 
-    def __init__(self, max_head: int) -> None:
-        super().__init__(h11.SERVER, max_incomplete_event_size=max_head)
-        self.max_head = max_head
+    Attributes:
+        refused_with: the status.
+        why: for the client.
+        in_head: whether it was in the head of a request, which has no answer yet then.
+        num_requests: heads that have arrived whole.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        super().__init__(h11.SERVER, max_incomplete_event_size=limits.header_bytes)
+        self._limits = limits
         self.refused_with = 400
+        self.why = ""
+        self.in_head = False
         self.num_requests = 0
 
     def next_event(self) -> Any:
+        self.in_head = self.their_state is h11.IDLE
         try:
             event = super().next_event()
         except h11.RemoteProtocolError as error:
             self.refused_with = error.error_status_hint
+            self.why = _WHY.get(self.refused_with, "this is not HTTP/1.1")
             raise
         if isinstance(event, h11.Request):
             self.num_requests += 1
-            head = len(event.target) + sum(len(name) + len(value) + 4 for name, value in event.headers)
-            if head > self.max_head:
-                self.refused_with = 431
-                raise h11.RemoteProtocolError("request headers too large", error_status_hint=431)
+            self._check_head(event)
+        elif isinstance(self._reader, ChunkedReader):
+            here = len(event.data) if isinstance(event, h11.Data) else 0
+            # h11 tells nobody what a chunk announces; who reads the number again may read another one
+            if self._reader._bytes_in_chunk + here > self._limits.body_bytes:
+                raise self._refusal(413, f"a request body has at most {self._limits.body_bytes} bytes")
         return event
+
+    def _check_head(self, request: h11.Request) -> None:
+        names = {name for name, _ in request.headers}
+        if (
+            len(request.target) + sum(len(name) + len(value) + 4 for name, value in request.headers)
+            > self._limits.header_bytes
+        ):
+            raise self._refusal(431, _WHY[431])
+        if {b"transfer-encoding", b"content-length"} <= names:
+            raise self._refusal(400, "a request has Content-Length or Transfer-Encoding, not both")
+
+    def _refusal(self, status: int, why: str) -> h11.RemoteProtocolError:
+        self.refused_with, self.why = status, why
+        return h11.RemoteProtocolError(why, error_status_hint=status)
 
 
 class BoundedProtocol(H11Protocol):
@@ -67,7 +103,7 @@ class BoundedProtocol(H11Protocol):
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
-        self.conn: _Connection = _Connection(limits.header_bytes)
+        self.conn: _Connection = _Connection(limits)
         self._limits = limits
         self._awaited: tuple[str, int] | None = None  # what is to arrive next, of which request
         self._clock: asyncio.TimerHandle | None = None
@@ -77,7 +113,7 @@ class BoundedProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(Cork(transport, self.loop))
         if len(self.connections) > self._limits.connections:
-            self._refuse(503, "too many connections", {"retry-after": "1"})
+            self._refuse(503, "too many connections", {"retry-after": "1"}, in_head=True)
         else:
             self._expect("head")
 
@@ -106,9 +142,8 @@ class BoundedProtocol(H11Protocol):
             self._writing = None
 
     def send_400_response(self, msg: str) -> None:
-        """What h11 cannot read."""
-        status = self.conn.refused_with
-        self._refuse(status, "the request's headers are too large" if status == 431 else "this is not HTTP/1.1")
+        """What h11 cannot read, or we do not take."""
+        self._refuse(self.conn.refused_with, self.conn.why, in_head=self.conn.in_head)
 
     def _watch(self) -> None:
         """What is to arrive next, by what has."""
@@ -135,10 +170,10 @@ class BoundedProtocol(H11Protocol):
             self._clock = self.loop.call_later(seconds, self._late, what)
 
     def _late(self, what: str) -> None:
-        self._refuse(408, f"the {what} of the request did not arrive in time")
+        self._refuse(408, f"the {what} of the request did not arrive in time", in_head=what == "head")
 
-    def _refuse(self, status: int, message: str, headers: dict[str, str] | None = None) -> None:
-        """Answer, unless an answer is on its way already, and close."""
+    def _refuse(self, status: int, message: str, headers: dict[str, str] | None = None, *, in_head: bool) -> None:
+        """Answer, unless the request has an answer already, and close. In its head it has none."""
         self._expect(None)
         self._refused = True
         if self.transport.is_closing():
@@ -147,8 +182,8 @@ class BoundedProtocol(H11Protocol):
         if self.cycle is not None and not self.cycle.response_complete:
             self.cycle.disconnected = True
             self.cycle.message_event.set()
-        if not answering or (self.cycle.response_complete and self.conn.their_state is not h11.SEND_BODY):
-            self.transport.write(raw_answer(status, message, headers or {}))
+        if not answering or (self.cycle.response_complete and in_head):
+            self.transport.write(raw_answer(status, message, headers or {}, code=_CODES.get(status)))
         if self.transport.can_write_eof():
             self.transport.write_eof()
         self.flow.resume_reading()

@@ -19,18 +19,20 @@ from skymoe.serve.protocol.common import TOKEN_ID, ErrorAnswer
 _REF = "#/components/schemas/{model}"
 _SCHEME = "key"
 _ALL = {
+    400: "The request is not HTTP/1.1, or says two lengths of its body.",
     401: "The API key is missing or wrong.",
     405: "The route has another method.",
     408: "The request did not arrive in time.",
+    413: "The body is too large.",
     421: "Without an API key: the Host header names another server.",
     431: "The headers are too large.",
     500: "A defect of the server, or of the model at this request.",
+    501: "The body comes in another transfer coding than chunked.",
     503: "The server loads, drains, or has too many connections.",
 }
 _BODY = {
     400: "The request cannot be read, or asks for what cannot be.",
     404: "There is no such model.",
-    413: "The body is too large.",
     415: "The body is no JSON.",
     429: "Too much is under way; Retry-After says when to come again.",
 }
