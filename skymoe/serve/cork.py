@@ -41,7 +41,10 @@ class Cork(asyncio.Transport):
 
     def write_eof(self) -> None:
         self._flush()
-        self._inner.write_eof()
+        try:
+            self._inner.write_eof()
+        except OSError:  # the client has reset the connection, and the loop is not told yet
+            self._inner.abort()
 
     def close(self) -> None:
         self._flush()

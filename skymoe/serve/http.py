@@ -4,7 +4,8 @@ uvicorn waits for the rest of a request for ever. Here a request line with its h
 the connection or from their first byte; the body has `body_s` from there; and a client that does not take its answer
 `write_s`. A head of more than `header_bytes` is answered with 431, what is no HTTP with 400, what is late with 408, one
 connection too many with 503, and the connection is closed: first our half, then the rest when the client has had a
-moment to read why (a socket closed with bytes unread resets the connection, and the answer is lost).
+moment to read why (a socket closed with bytes unread resets the connection, and the answer is lost); at once when
+too many have such a moment already.
 A body has one length: Content-Length beside Transfer-Encoding, of which a proxy in front may believe the other one
 (request smuggling, RFC 9112 section 6.1), is refused with 400; a coding other than chunked with 501.
 Bodies are bounded in `limits.py`, but for a chunk that announces too much, which is refused here before it comes. TLS
@@ -24,6 +25,7 @@ from uvicorn.server import ServerState
 
 from skymoe.serve.config import Limits
 from skymoe.serve.cork import Cork
+from skymoe.serve.descriptors import SURPLUS
 from skymoe.serve.errors import raw_answer
 
 _LINGER_S = 1.0
@@ -188,3 +190,5 @@ class BoundedProtocol(H11Protocol):
             self.transport.write_eof()
         self.flow.resume_reading()
         self.loop.call_later(_LINGER_S, self.transport.abort)
+        if len(self.connections) > self._limits.connections + SURPLUS:
+            self.transport.close()

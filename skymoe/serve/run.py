@@ -27,6 +27,7 @@ from skymoe.serve.admission import Admission
 from skymoe.serve.app import make_app
 from skymoe.serve.client import EngineClient
 from skymoe.serve.config import ServeConfig
+from skymoe.serve.descriptors import ACCEPT_BURST, room_for
 from skymoe.serve.http import BoundedProtocol
 from skymoe.serve.metrics import Metrics
 from skymoe.serve.safety import KEY_VARIABLE, Key, check_bind, is_loopback, read_key
@@ -48,13 +49,15 @@ def run(config: ServeConfig, *, engine_command: Sequence[str] | None = None) -> 
 
     Raises:
         ConfigError: the bind is public and there is no key; no model, no tokenizer.
-        MachineError: the address cannot be bound; the engine has ended (EngineDied).
+        MachineError: the address cannot be bound; too few files may be open; the engine has ended (EngineDied).
     """
     key = read_key(config.api_key_file)
     os.environ.pop(KEY_VARIABLE, None)  # no child has use for it
     check_bind(config.host, has_key=key is not None, insecure=config.insecure_no_auth)
     if key is None and not is_loopback(config.host):
         logger.warning(f"{printable(config.host)} can be reached by other machines, and everybody may use this server")
+    room = room_for(config.limits.connections)
+    config = config.model_copy(update={"limits": config.limits.model_copy(update={"connections": room})})
     with _bind(config.host, config.port) as listener:
         return asyncio.run(_Server(config, engine_command).serve(listener, key))
 
@@ -76,7 +79,12 @@ def _address(listener: socket.socket) -> str:
 
 
 class _Uvicorn(uvicorn.Server):
-    """uvicorn without its own signal handlers: ours decide."""
+    """uvicorn without its own signal handlers: ours decide. What waits in the kernel is more than one turn accepts."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for listener in sockets or []:
+            listener.listen(_BACKLOG)  # asyncio has one number for both
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -151,7 +159,7 @@ class _Server:
                 proxy_headers=False,
                 timeout_keep_alive=limits.idle_s,  # type: ignore[arg-type]
                 timeout_graceful_shutdown=_CLOSE_S,
-                backlog=_BACKLOG,
+                backlog=ACCEPT_BURST,
             )
         )
 
