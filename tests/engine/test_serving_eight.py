@@ -77,7 +77,16 @@ def answer_over_http(path: Path, prompt: tuple[int, ...]) -> int:
     """The most likely token after `prompt`, of `skymoe serve --tp 8`."""
     train_tokenizer(["the quick brown fox jumps over the lazy dog"], 300).save(path)
     command = [sys.executable, "-m", "skymoe", "serve", str(path), "--tp", "8", "--port", "0", "--dtype", "float32"]
-    options = ["--max-model-len", "64", "--max-batch", "2", "--set", "engine.threads=1", "engine.timeout_s=300"]
+    options = [
+        "--max-model-len",
+        "64",
+        "--max-batch",
+        "2",
+        "--set",
+        "engine.threads=1",
+        "--set",
+        "engine.timeout_s=300",
+    ]
     with subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
