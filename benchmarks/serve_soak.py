@@ -5,7 +5,8 @@
 Clients ask without a pause for a mix of what a server sees: prompts of any length, some that begin alike, streams, a
 third of which are dropped in the middle, several answers, log-probabilities, requests that are refused. Resident memory
 of the server and of all its processes is read every ten seconds. The slope is that of a line through the second half of
-the readings (least squares): what is filled once, caches among it, is in the first half.
+the readings (least squares): what is filled once, caches among it, is in the first half. Keys and values get little
+room (`--kv-memory`), or else their pages, taken from the machine when they are first written, would go on filling.
 """
 
 from __future__ import annotations
@@ -83,11 +84,12 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=4)
     parser.add_argument("--model", type=Path, help="default: a tiny random one")
     parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--kv-memory", default="0.02", help="GB per rank")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/serve_soak.json"))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         model = options.model or make_model(Path(directory) / "model", "tiny", "bfloat16")
-        with skymoe_server(model, ["--tp", str(options.tp)]) as url:
+        with skymoe_server(model, ["--tp", str(options.tp), "--kv-memory", options.kv_memory]) as url:
             (server,) = (p for p in psutil.Process().children() if "serve" in p.cmdline())
             pids = [server.pid, *(child.pid for child in server.children(recursive=True))]
             found = asyncio.run(soak(url, pids, options.minutes, options.clients))
